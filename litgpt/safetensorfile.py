@@ -1,0 +1,245 @@
+"""Tensors on disk, one at a time: `HFReader` and `HFWriter` for a Hugging Face directory's safetensors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from litgpt.tensorfile import (
+    Spec,
+    check_announced,
+    check_complete,
+    check_free_disk,
+    full_disk_is_users_error,
+    read_bytes,
+    write_bytes,
+)
+from litgpt.utils import UserError
+
+HF_FILE = "model.safetensors"
+HF_INDEX = "model.safetensors.index.json"
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+
+
+class HFReader:
+    """Reads rows of single tensors of a directory's safetensors, one file or shards with an index.
+
+    `safe_open` checks each file when it is opened here; the numbers are then read with `pread` at the header's offsets.
+
+    Raises:
+        UserError: no safetensors, a missing shard, a file that is cut short or broken, a dtype that is no plain float,
+            an index and shards that contradict each other.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        listed = _weight_map(self.directory)
+        self.files: tuple[Path, ...] = tuple(self.directory / name for name in sorted(set(listed.values())))
+        if not listed:
+            self.files = (self.directory / HF_FILE,)
+        self.specs: dict[str, Spec] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
+        for path in self.files:
+            for name, (spec, offset) in _safetensors_header(path).items():
+                if listed and listed.get(name) != path.name:
+                    raise UserError(
+                        f"{path} holds {name}, which {HF_INDEX} does not say; download the checkpoint again"
+                    )
+                self.specs[name] = spec
+                self._places[name] = (path, offset)
+        if absent := [name for name in listed if name not in self.specs]:
+            raise UserError(
+                f"{self.directory / listed[absent[0]]} lacks {absent[0]}, which {HF_INDEX} lists; download it again"
+            )
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start:stop` of a tensor with its leading dimensions flattened, in memory of their own.
+
+        Raises:
+            KeyError: no such tensor.
+            UserError: the file has become shorter since it was opened.
+        """
+        spec = self.specs[name]
+        path, offset = self._places[name]
+        row = spec.shape[-1:] if len(spec.shape) > 1 else ()
+        row_bytes = math.prod(row) * spec.dtype.itemsize
+        data = read_bytes(path, name, offset + start * row_bytes, (stop - start) * row_bytes)
+        return data.view(spec.dtype).reshape(stop - start, *row)
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Tensor name → shard, empty when there is one file and no index."""
+    index = directory / HF_INDEX
+    if not index.is_file():
+        if (directory / HF_FILE).is_file():
+            return {}
+        if any(directory.glob("*.bin")):
+            raise UserError(f"{directory} has its weights as .bin; only safetensors are read, which cannot carry code")
+        raise UserError(
+            f"{directory} holds no {HF_FILE} and no {HF_INDEX}; download the checkpoint (scripts/download.py)"
+        )
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = {str(name): str(shard) for name, shard in listed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is no index of safetensors shards (weight_map); download it again") from None
+    # The index comes from outside: a shard is a file beside it, never a path.
+    if foreign := [shard for shard in weight_map.values() if Path(shard).name != shard]:
+        raise UserError(f"{index} points outside its directory ({foreign[0]!r}); download the checkpoint again")
+    for shard in sorted(set(weight_map.values())):
+        if not (directory / shard).is_file():
+            raise UserError(
+                f"{directory / shard} is missing, though {HF_INDEX} lists it; download the checkpoint again"
+            )
+    return weight_map
+
+
+def _safetensors_header(path: Path) -> dict[str, tuple[Spec, int]]:
+    """Tensor name → spec and byte offset in the file.
+
+    The layout is documented: 8 bytes of header length (little endian), the header as JSON, then the tensors' bytes.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is cut short or broken ({error}); download it again") from None
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    found: dict[str, tuple[Spec, int]] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise UserError(
+                f"{path}: {name} is stored as {entry['dtype']}; only {', '.join(_SAFETENSORS_DTYPES)} are read, "
+                "so take the checkpoint that is not quantised"
+            )
+        found[name] = (Spec(tuple(entry["shape"]), dtype), 8 + length + entry["data_offsets"][0])
+    return found
+
+
+class HFWriter:
+    """Writes a directory's safetensors tensor by tensor: one file, or shards and their index.
+
+    safetensors' own `save_file` and `serialize_file` want all tensors of a file in memory at once, so the documented
+    layout is written by hand. Header and order of tensors are the library's, and so are the bytes of the file.
+
+    Args:
+        directory: exists; whoever makes it also makes it appear at once (`utils.atomic_dir`).
+        specs: name → (shape, dtype), in the order in which shards are filled.
+        max_shard_bytes: a new shard begins before one would grow beyond this; a larger tensor has one to itself.
+
+    Raises:
+        UserError: the disk has no room, or a dtype that safetensors files of ours do not have.
+        ValueError: on leaving, when a tensor was not written.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        *,
+        max_shard_bytes: int,
+    ) -> None:
+        self.directory = directory
+        self.specs = {name: Spec(tuple(shape), dtype) for name, (shape, dtype) in specs.items()}
+        self._shards = _fill_shards(self.specs, max_shard_bytes)
+        count = len(self._shards)
+        self.file_names = (
+            [HF_FILE] if count == 1 else [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
+        )
+
+    def __enter__(self) -> HFWriter:
+        check_free_disk(self.directory, sum(spec.nbytes for spec in self.specs.values()))
+        self._places: dict[str, tuple[int, int]] = {}
+        self._missing = set(self.specs)
+        with contextlib.ExitStack() as undo, full_disk_is_users_error(self.directory):
+            for file_name, names in zip(self.file_names, self._shards, strict=True):
+                descriptor = os.open(self.directory / file_name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+                undo.callback(os.close, descriptor)
+                header, offsets = _encode_header({name: self.specs[name] for name in names})
+                os.pwrite(descriptor, header, 0)
+                self._places |= {name: (descriptor, offset) for name, offset in offsets.items()}
+            self._undo = undo.pop_all()
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor; shape and dtype must be the announced ones.
+
+        Raises:
+            KeyError: `name` is not in `specs`.
+            ValueError: other shape or dtype, or written before.
+        """
+        check_announced(name, tensor, self.specs[name], self._missing)
+        descriptor, offset = self._places[name]
+        with full_disk_is_users_error(self.directory):
+            write_bytes(descriptor, offset, tensor)
+        self._missing.remove(name)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._undo.close()
+        if error is not None:
+            return
+        check_complete(self.directory, self._missing)
+        if len(self.file_names) > 1:
+            shard_of = {
+                name: file_name
+                for file_name, names in zip(self.file_names, self._shards, strict=True)
+                for name in names
+            }
+            total = sum(spec.nbytes for spec in self.specs.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
+            (self.directory / HF_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _fill_shards(specs: Mapping[str, Spec], max_shard_bytes: int) -> list[list[str]]:
+    """Names shard by shard, in order."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + spec.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += spec.nbytes
+    return shards
+
+
+def _encode_header(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a safetensors file, and each tensor's byte offset in the file."""
+    codes = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
+    if alien := [name for name, spec in specs.items() if spec.dtype not in codes]:
+        raise UserError(f"{alien[0]} is {specs[alien[0]].dtype}; convert with --dtype bfloat16 or float32 first")
+    # The library's order: wide dtypes first (so that every tensor is aligned), then by name.
+    wide_first = list(codes)
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, int] = {}
+    end = 0
+    for name in sorted(specs, key=lambda name: (wide_first.index(specs[name].dtype), name)):
+        spec = specs[name]
+        offsets[name], end = end, end + spec.nbytes
+        entries[name] = {"dtype": codes[spec.dtype], "shape": list(spec.shape), "data_offsets": [offsets[name], end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + offset for name, offset in offsets.items()}

@@ -1,0 +1,284 @@
+"""Tensors on disk, one at a time: `LitReader` and `LitWriter` for `lit_model.pth`.
+
+A checkpoint may be larger than the memory, so nothing here holds more than the tensor asked for. Files are read and
+written with `pread`/`pwrite` at known offsets: a memory map would count every page it has touched as resident until it
+is closed.
+
+The `.pth` is an ordinary `torch.save` archive. Torch documents how to fill one piece by piece (its notes on
+serialization): `torch.save` under `skip_data` lays the archive out with holes for the numbers, and `torch.load` under
+`FakeTensorMode` tells the offset of each hole. The holes' CRC-32 stays 0: `torch.load` does not look at it, `unzip -t`
+does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from litgpt.utils import UserError, atomic_file
+
+LIT_FILE = "lit_model.pth"
+
+
+class Spec(NamedTuple):
+    """What a tensor is without its numbers."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _Hole(NamedTuple):
+    """Where a tensor's elements lie in a file: byte offset of its first element, and its strides in elements."""
+
+    spec: Spec
+    offset: int
+    stride: tuple[int, ...]
+
+
+def _holes(path: Path) -> tuple[dict[str, _Hole], dict[str, str]]:
+    """The tensors of a `torch.save` archive and, for those that share storage with an earlier one, its name.
+
+    Raises:
+        UserError: `path` is missing, cut short, or not a flat state dict of plain tensors.
+    """
+    try:
+        with FakeTensorMode():
+            content = torch.load(path, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; convert the checkpoint first (scripts/convert_hf_checkpoint.py)") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path} is not a checkpoint that torch.load can read safely ({reason}); convert it again"
+        ) from None
+    # LitGPT's training scripts save {"model": state dict, ...}, its converters the state dict itself.
+    state = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UserError(f"{path} is not a flat dictionary of tensors, which a lit checkpoint is; convert it again")
+    size = path.stat().st_size
+    holes: dict[str, _Hole] = {}
+    aliases: dict[str, str] = {}
+    first_with: dict[tuple[int, Spec, tuple[int, ...]], str] = {}
+    for name, tensor in state.items():
+        spec = Spec(tuple(tensor.shape), tensor.dtype)
+        start: int = tensor.untyped_storage()._checkpoint_offset
+        hole = _Hole(spec, start + tensor.storage_offset() * tensor.dtype.itemsize, tuple(tensor.stride()))
+        if hole.offset + spec.nbytes > size:
+            raise UserError(
+                f"{path} is cut short: {name} ends at byte {hole.offset + spec.nbytes} of {size}; convert it again"
+            )
+        holes[name] = hole
+        if spec.nbytes:
+            original = first_with.setdefault((hole.offset, spec, hole.stride), name)
+            if original != name:
+                aliases[name] = original
+    return holes, aliases
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def read_bytes(path: Path, name: str, offset: int, count: int) -> Tensor:
+    """`count` bytes of a file from `offset` on, as a uint8 tensor with memory of its own.
+
+    Raises:
+        UserError: the file ends before that; `name` is the tensor to blame in the message.
+    """
+    data = torch.empty(count, dtype=torch.uint8)
+    view = data.numpy().data
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        done = 0
+        while done < count:
+            # One call moves at most 2 GiB on Linux.
+            got = os.preadv(descriptor, [view[done:]], offset + done)
+            if not got:
+                raise UserError(f"{path} ends {count - done} bytes early in {name}; download or convert it again")
+            done += got
+    finally:
+        os.close(descriptor)
+    return data
+
+
+def write_bytes(descriptor: int, offset: int, tensor: Tensor) -> None:
+    """Write a tensor's elements, row-major, at a byte offset of an open file."""
+    if not tensor.numel():
+        return
+    view = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
+
+
+def check_free_disk(directory: Path, needed: int) -> None:
+    """Raise `UserError` when the disk of `directory` has less than `needed` bytes left."""
+    existing = directory
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"{directory} needs {needed / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are free; "
+            "free some or choose another disk"
+        )
+
+
+@contextlib.contextmanager
+def full_disk_is_users_error(path: Path) -> Iterator[None]:
+    """Turn ENOSPC and its kin, and torch's own wording of them, into one `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(f"no room left on the disk while writing {path}; free some and run the command again") from None
+
+
+class LitReader:
+    """Reads single tensors of a lit directory's `lit_model.pth` by their disk names.
+
+    Args:
+        checkpoint_dir: a directory with `lit_model.pth` (flat, or `{"model": ...}` as LitGPT's training writes it).
+
+    Raises:
+        UserError: the file is missing, cut short, or no checkpoint.
+    """
+
+    def __init__(self, checkpoint_dir: str | os.PathLike[str]) -> None:
+        self.path = Path(checkpoint_dir) / LIT_FILE
+        self._holes, self.aliases = _holes(self.path)
+        """`aliases`: name → the earlier name whose storage it shares (`lm_head.weight` of a tied model)."""
+        self.specs: dict[str, Spec] = {name: hole.spec for name, hole in self._holes.items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, in the file's order."""
+        return tuple(self._holes)
+
+    def shares_storage(self, name: str, other: str) -> bool:
+        """Whether two names are one tensor on disk."""
+        return self.aliases.get(name, name) == self.aliases.get(other, other)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own.
+
+        Raises:
+            KeyError: no such name; `names` has them all.
+            UserError: the file has become shorter since it was opened.
+        """
+        spec, offset, stride = self._holes[name]
+        elements = 1 + sum((length - 1) * step for length, step in zip(spec.shape, stride, strict=True))
+        data = read_bytes(self.path, name, offset, elements * spec.dtype.itemsize if spec.nbytes else 0)
+        return data.view(spec.dtype).as_strided(spec.shape, stride)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start:stop` of a tensor with its leading dimensions flattened, in memory of their own.
+
+        Raises: as `read`.
+        """
+        spec, offset, stride = self._holes[name]
+        row = spec.shape[-1:] if len(spec.shape) > 1 else ()
+        if stride != _row_major(spec.shape):
+            return self.read(name).reshape(-1, *row)[start:stop]
+        row_bytes = math.prod(row) * spec.dtype.itemsize
+        data = read_bytes(self.path, name, offset + start * row_bytes, (stop - start) * row_bytes)
+        return data.view(spec.dtype).reshape(stop - start, *row)
+
+
+class LitWriter:
+    """Writes a `lit_model.pth` tensor by tensor, in any order; as a context manager it appears whole or not at all.
+
+    Args:
+        path: the file to appear; an older one stays intact until then.
+        specs: disk name → (shape, dtype) of every tensor that will be written.
+        aliases: further names → the name in `specs` whose storage they share (a tied `lm_head.weight`).
+
+    Raises:
+        UserError: the disk has no room.
+        ValueError: on leaving, when a tensor was not written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        *,
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.specs = {name: Spec(tuple(shape), dtype) for name, (shape, dtype) in specs.items()}
+        self.aliases = dict(aliases or {})
+        if unknown := sorted(set(self.aliases.values()) - set(self.specs)):
+            raise ValueError(f"aliases of tensors that are not in specs: {', '.join(unknown)}")
+        if twice := sorted(set(self.aliases) & set(self.specs)):
+            raise ValueError(f"both an alias and a tensor: {', '.join(twice)}")
+
+    def __enter__(self) -> LitWriter:
+        check_free_disk(self.path.parent, sum(spec.nbytes for spec in self.specs.values()))
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(full_disk_is_users_error(self.path))
+            temporary = undo.enter_context(atomic_file(self.path))
+            with FakeTensorMode():
+                skeleton = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in self.specs.items()}
+                skeleton |= {alias: skeleton[name] for alias, name in self.aliases.items()}
+            # Through a file object: given a path, torch would write the temporary name into the archive.
+            with open(temporary, "wb") as file, torch.serialization.skip_data(materialize_fake_tensors=True):
+                torch.save(skeleton, file)
+            holes, _ = _holes(temporary)
+            self._offsets = {name: holes[name].offset for name in self.specs}
+            self._descriptor = os.open(temporary, os.O_WRONLY)
+            undo.callback(os.close, self._descriptor)
+            self._missing = set(self.specs)
+            self._undo = undo.pop_all()
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor; shape and dtype must be the announced ones.
+
+        Raises:
+            KeyError: `name` is not in `specs`.
+            ValueError: other shape or dtype, or written before.
+        """
+        check_announced(name, tensor, self.specs[name], self._missing)
+        with full_disk_is_users_error(self.path):
+            write_bytes(self._descriptor, self._offsets[name], tensor)
+        self._missing.remove(name)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._undo:
+            if error is not None:
+                # Handed to the exit stack, so that atomic_file removes the temporary file instead of renaming it.
+                raise error
+            check_complete(self.path, self._missing)
+
+
+def check_announced(name: str, tensor: Tensor, spec: Spec, missing: set[str]) -> None:
+    if (tuple(tensor.shape), tensor.dtype) != spec:
+        raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} is not the announced {spec.shape} {spec.dtype}")
+    if name not in missing:
+        raise ValueError(f"{name} was written before")
+
+
+def check_complete(path: Path, missing: set[str]) -> None:
+    if missing:
+        names = sorted(missing)
+        raise ValueError(f"{path}: {len(names)} tensors were not written: {', '.join(names[:5])}")
