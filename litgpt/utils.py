@@ -6,12 +6,13 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import inspect
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from tqdm import tqdm
@@ -64,13 +65,17 @@ def run_cli(function: Callable[..., Any], *, args: list[str] | None = None, posi
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
     parser.add_function_arguments(function, as_group=False, as_positional=positional)
     try:
-        settings = parser.parse_args(args)
+        settings = parser.parse_args(_spell_out_switches(function, sys.argv[1:] if args is None else args))
         settings.pop("config", None)
         return function(**parser.instantiate(settings).as_dict())
     except jsonargparse.ArgumentError as error:
         _exit(str(error))
     except UserError as error:
         _exit(str(error))
+    except BrokenPipeError:
+        # The reader of our output has left (`| head`); Python would complain once more while flushing at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -78,6 +83,17 @@ def run_cli(function: Callable[..., Any], *, args: list[str] | None = None, posi
     except KeyboardInterrupt:
         print("stopped by the user", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _spell_out_switches(function: Callable[..., Any], words: list[str]) -> list[str]:
+    """`--overwrite` alone becomes `--overwrite=true`: jsonargparse wants a value, and people do not give one."""
+    hints = get_type_hints(function)
+    switches = {f"--{name}" for name in inspect.signature(function).parameters if hints.get(name) is bool}
+    following = [*words[1:], ""]
+    return [
+        f"{word}=true" if word in switches and after not in ("true", "false") else word
+        for word, after in zip(words, following, strict=False)
+    ]
 
 
 def _summary(function: Callable[..., Any]) -> str:

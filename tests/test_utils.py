@@ -20,17 +20,18 @@ class Settings:
     """step size"""
 
 
-def command(path: str, settings: Settings = Settings(), count: int = 3) -> tuple[str, float, int]:
+def command(path: str, settings: Settings = Settings(), count: int = 3, loud: bool = False) -> tuple[str, float, int]:
     """Do a thing.
 
     Args:
         path: where it is.
         settings: how to do it.
         count: how often.
+        loud: whether to shout.
     """
     if count < 0:
         raise UserError(f"count is {count};\nit must be 0 or more")
-    return path, settings.rate, count
+    return path.upper() if loud else path, settings.rate, count
 
 
 def test_flags_yaml_and_dotted_overrides(tmp_path: Path) -> None:
@@ -38,6 +39,22 @@ def test_flags_yaml_and_dotted_overrides(tmp_path: Path) -> None:
     config.write_text("path: a\nsettings:\n  rate: 0.5\ncount: 4\n")
     assert run_cli(command, args=["--config", str(config), "--settings.rate", "0.25"]) == ("a", 0.25, 4)
     assert run_cli(command, args=["b"], positional=True) == ("b", 1.0, 3)
+
+
+def test_a_switch_needs_no_value() -> None:
+    assert run_cli(command, args=["--path", "b", "--loud"]) == ("B", 1.0, 3)
+    assert run_cli(command, args=["--loud", "b", "--count", "1"], positional=True) == ("B", 1.0, 1)
+    assert run_cli(command, args=["--path", "b", "--loud", "false"]) == ("b", 1.0, 3)
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    body = "def f() -> None:\n    'Print.'\n    print('x\\n' * 10**6)\n"
+    code = f"from litgpt.utils import run_cli\n{body}run_cli(f, args=[])"
+    script = f'set -o pipefail; {sys.executable} -c "$CODE" | head -1'
+    result = subprocess.run(
+        ["bash", "-c", script], env={**os.environ, "CODE": code}, cwd=Path(__file__).parents[1], capture_output=True
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"x\n", b"")
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

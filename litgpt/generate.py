@@ -1,0 +1,172 @@
+"""Token by token: prefill the prompt into a KV cache once, then one position a step, greedy or sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from litgpt.model import GPT, KVCache
+from litgpt.utils import UserError
+
+__all__ = ["choose", "distribution", "generate", "new_cache"]
+
+
+def new_cache(model: GPT, max_seq_length: int) -> KVCache:
+    """A cache for one row, in the model's own dtype and on its device, never longer than the model's context."""
+    weight = model.lm_head.weight
+    length = min(max_seq_length, model.config.block_size)
+    return KVCache(model.config, 1, length, device=weight.device, dtype=weight.dtype)
+
+
+def generate(
+    model: GPT,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    forbidden_ids: Collection[int] = (),
+    vocab_size: int | None = None,
+    kv_cache: KVCache | None = None,
+) -> Iterator[int]:
+    """Yield the ids that continue `prompt_ids`, each as soon as it is known.
+
+    Ends after `max_new_tokens`, after a stop id (which is yielded, as the last one), or where the context is full.
+    The arguments are checked at once, before the first id is asked for.
+
+    Args:
+        model: in eval mode.
+        prompt_ids: everything that was said so far, at least one id.
+        max_new_tokens: at most so many ids.
+        stop_ids: ids that end the text.
+        temperature: 0 takes the most probable id; above it, ids are drawn from softmax(logits / temperature).
+        top_k: draw only from the k most probable ids.
+        top_p: draw only from the most probable ids that together hold this probability; at least one.
+        seed: makes the draws repeatable, and independent of torch's global state; `None` uses that state.
+        forbidden_ids: never chosen.
+        vocab_size: ids from here on are padding rows of the vocabulary and never chosen (`Tokenizer.vocab_size`).
+        kv_cache: a cache that already holds the first `kv_cache.length` ids of `prompt_ids`; only the rest is run.
+            It goes on to hold all but the last id yielded, so a next call may continue from it. Default: a new one.
+
+    Raises:
+        UserError: an empty prompt, one that fills the context, a setting outside its range, or (while generating)
+            logits that are not numbers.
+    """
+    limit = model.config.block_size if kv_cache is None else kv_cache.max_seq_length
+    _check(prompt_ids, limit, max_new_tokens, temperature, top_k, top_p)
+    if kv_cache is None:
+        kv_cache = new_cache(model, len(prompt_ids) + max_new_tokens)
+    elif kv_cache.length >= len(prompt_ids):
+        raise ValueError(f"the cache holds {kv_cache.length} positions, the prompt has only {len(prompt_ids)}")
+    n_new = min(max_new_tokens, limit - len(prompt_ids))
+
+    device = model.lm_head.weight.device
+    # A mask of the whole vocabulary, built once: the choice below is then one addition and one argmax.
+    bias_V = torch.zeros(model.config.padded_vocab_size, device=device)
+    bias_V[list(forbidden_ids)] = -torch.inf
+    if vocab_size is not None:
+        bias_V[vocab_size:] = -torch.inf
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    return _steps(
+        model, list(prompt_ids), kv_cache, n_new, frozenset(stop_ids), bias_V, temperature, top_k, top_p, generator
+    )
+
+
+# As a decorator, inference mode is left at every yield; a `with` in the body would switch it on for the caller, too.
+@torch.inference_mode()
+def _steps(
+    model: GPT,
+    ids: list[int],
+    kv_cache: KVCache,
+    n_new: int,
+    stop_ids: frozenset[int],
+    bias_V: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+) -> Iterator[int]:
+    pending = ids[kv_cache.length :]
+    for _ in range(n_new):
+        idx_BT = torch.tensor([pending], device=bias_V.device)
+        # Only the last position is projected to the vocabulary: a prompt of 1,000 ids would make 600 MB of logits.
+        hidden_BTD = model(idx_BT, kv_cache=kv_cache, return_logits=False).hidden
+        logits_V = model.lm_head(hidden_BTD[0, -1]).float() + bias_V
+        if not torch.isfinite(logits_V.max()):
+            raise UserError(
+                "the model's logits are not numbers (NaN or infinite): the checkpoint is damaged or diverged"
+            )
+        index = choose(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        yield index
+        if index in stop_ids:
+            return
+        pending = [index]
+
+
+def choose(
+    logits_V: Tensor,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> int:
+    """One id from fp32 logits: the most probable one at temperature 0, else a draw from `distribution`."""
+    if temperature == 0:
+        return int(logits_V.argmax())
+    probability_V = distribution(logits_V, temperature=temperature, top_k=top_k, top_p=top_p)
+    return int(torch.multinomial(probability_V, 1, generator=generator))
+
+
+def distribution(
+    logits_V: Tensor, *, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """The probabilities ids are drawn from: temperature first, then top-k, then top-p, in transformers' order.
+
+    Args:
+        logits_V: fp32.
+        temperature: above 0.
+        top_k: keep the k largest, and all that equal the k-th.
+        top_p: of these keep the largest that together hold this probability, at least one.
+
+    Returns:
+        fp32 probabilities [V] that sum to 1.
+    """
+    logits_V = logits_V / temperature
+    if top_k is not None:
+        kth = logits_V.topk(min(top_k, logits_V.numel())).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < kth, -torch.inf)
+    if top_p is not None:
+        sorted_V, order_V = logits_V.softmax(dim=-1).sort(descending=True, stable=True)
+        # An id is out if those before it hold top_p already; before the first there is nothing, so one always stays.
+        before_V = sorted_V.cumsum(dim=-1) - sorted_V
+        logits_V = logits_V.index_fill(0, order_V[before_V >= top_p], -torch.inf)
+    return logits_V.softmax(dim=-1)
+
+
+def _check(
+    prompt_ids: Sequence[int],
+    limit: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
+    if not prompt_ids:
+        raise UserError("the prompt is empty: expected at least one token")
+    if len(prompt_ids) >= limit:
+        raise UserError(f"the prompt has {len(prompt_ids)} tokens, but there is room for {limit}: shorten it")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
+    # Below a hundredth, logits divided by it may leave fp32's range; the draw would be the most probable id anyway.
+    if temperature != 0 and not 0.01 <= temperature <= 100:
+        raise UserError(f"temperature is {temperature}: expected 0 (greedy) or a number from 0.01 to 100")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k is {top_k}: expected at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}: expected a number above 0, up to 1")
