@@ -2,9 +2,10 @@
 
     python scripts/make_tiny.py --config configs/tiny/models.yaml
 
-The base reads the general text and a small share of the training dialogues, the teacher all of both; neither reads a
-thought, and nobody reads the validation or test dialogues. Both are written as Hugging Face directories, which the
-demo then takes through the same commands as a real Qwen3. The same seed, data and torch give the same weights.
+The base reads the general text and a share of the training dialogues with their thoughts; the teacher reads all of both
+without thoughts, as it will in the distillation. Nobody reads the validation or test dialogues. Both are written as
+Hugging Face directories, which the demo then takes through the same commands as a real Qwen3. The same seed, data and
+torch give the same weights.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ class ModelRecipe:
     """Whether lm_head is the embedding."""
     dialogue_share: float
     """Part of the training dialogues that it reads, 0 to 1."""
+    thoughts: bool
+    """Whether it reads their thoughts, between `<think>` tags; otherwise the block is empty."""
     epochs: float
     """Passes over its text."""
     learning_rate: float
@@ -230,13 +233,15 @@ def general_documents(texts: Sequence[str], tokenizer: Tokenizer) -> list[Docume
     return [Document(x, torch.ones(len(x))) for x in ids]
 
 
-def dialogue_documents(records: Sequence[Record], tokenizer: Tokenizer, *, prompt_weight: float) -> list[Document]:
-    """Dialogues without their thoughts, as the teacher of the distillation reads them; answer tokens count 1."""
+def dialogue_documents(
+    records: Sequence[Record], tokenizer: Tokenizer, *, thoughts: bool, prompt_weight: float
+) -> list[Document]:
+    """Dialogues with their thoughts, or without, as the distillation's teacher reads them; what is said counts 1."""
     documents = []
     for record in records:
-        rendered = render(record.messages, tokenizer, tags="think", keep_thoughts=False)
-        answer_T = torch.tensor(rendered.spans) == Span.ANSWER
-        documents.append(Document(torch.tensor(rendered.ids), answer_T.float().clamp_min(prompt_weight)))
+        rendered = render(record.messages, tokenizer, tags="think", keep_thoughts=thoughts)
+        said_T = torch.tensor(rendered.spans) != Span.PROMPT
+        documents.append(Document(torch.tensor(rendered.ids), said_T.float().clamp_min(prompt_weight)))
     return documents
 
 
@@ -322,7 +327,7 @@ def cross_entropy(model: GPT, documents: Sequence[Document], batch: BatchRecipe)
 
 def validation_losses(model: GPT, tokenizer: Tokenizer, corpus: Corpus, batch: BatchRecipe) -> dict[str, float]:
     """Nats a token on the general text and on the answers of the dialogues."""
-    answers = dialogue_documents(corpus.dialogues, tokenizer, prompt_weight=0.0)
+    answers = dialogue_documents(corpus.dialogues, tokenizer, thoughts=False, prompt_weight=0.0)
     return {
         "general": cross_entropy(model, general_documents(corpus.general, tokenizer), batch),
         "answer": cross_entropy(model, answers, batch),
@@ -345,7 +350,7 @@ def make_model(
     tokenizer = Tokenizer(tokenizer_dir)
     dialogues = random.Random(seed).sample(corpus.dialogues, round(recipe.dialogue_share * len(corpus.dialogues)))
     documents = general_documents(corpus.general, tokenizer)
-    documents += dialogue_documents(dialogues, tokenizer, prompt_weight=PROMPT_WEIGHT)
+    documents += dialogue_documents(dialogues, tokenizer, thoughts=recipe.thoughts, prompt_weight=PROMPT_WEIGHT)
     model = GPT(recipe.config(name, tokenizer.vocab_size, padded_size))
     model.init_weights(generator=torch.Generator().manual_seed(seed))
     start = time.monotonic()
@@ -376,8 +381,8 @@ README = """\
 A small dense base and a larger teacher of Qwen3's structure, as Hugging Face directories in bf16. They exist so that
 every command can be run on a laptop; they advise nobody. `python scripts/make_tiny.py --config
 configs/tiny/models.yaml` wrote them from nothing but this repository's own text: the base from
-`data/general/train.jsonl` and a small share of `data/dialogues/train.jsonl`, the teacher from all of both. Thoughts
-were never read, and neither were the val and test files.
+`data/general/train.jsonl` and a share of `data/dialogues/train.jsonl` with their thoughts, the teacher from all of both
+without thoughts. The val and test files were never read.
 
 Seed {seed}, torch {torch}, {threads} CPU thread a model. Losses are nats a token of the stored weights:
 `val_general` on `data/general/val.jsonl`, `val_answer` on the answers of `data/dialogues/val.jsonl`.
