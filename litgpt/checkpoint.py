@@ -56,6 +56,7 @@ __all__ = [
     "require_lit_dir",
     "save_lit_dir",
     "write_config",
+    "write_hf_config",
     "write_provenance",
 ]
 
@@ -254,8 +255,7 @@ def save_lit_dir(
         # Both are facts about this directory, whatever a copied provenance says.
         facts = {"tie_embeddings": tied, "tool": tool_version()}
         write_provenance(temporary, facts | dict(provenance) | facts)
-        hf_config = hf_config_of(config, source_dir, dtypes={dtype for _, dtype in specs.values()})
-        _write_json(temporary / HF_CONFIG_FILE, hf_config)
+        write_hf_config(temporary, config, source_dir, dtypes={dtype for _, dtype in specs.values()})
 
 
 def convert_hf_to_lit(
@@ -359,10 +359,17 @@ def convert_lit_to_hf(
         if tokenizer.thought_ids is not None:
             tokenizer.chat_template = chat_template("thought")
             tokenizer.save(temporary)
-        hf_config = hf_config_of(config, directory, dtypes={dtype for _, dtype in specs.values()})
-        _write_json(temporary / HF_CONFIG_FILE, hf_config)
+        write_hf_config(temporary, config, directory, dtypes={dtype for _, dtype in specs.values()})
         exported = {"exported_from": config.name, "tool": tool_version(), "source": read_provenance(directory)}
         write_provenance(temporary, exported)
+
+
+def write_hf_config(
+    out_dir: Path, config: Config, source_dir: str | os.PathLike[str], *, dtypes: Collection[torch.dtype]
+) -> None:
+    """Write `config.json` into a lit or Hugging Face directory; none for a model that no Hugging Face family fits."""
+    if config.has_hf_family:
+        _write_json(out_dir / HF_CONFIG_FILE, hf_config_of(config, source_dir, dtypes=dtypes))
 
 
 def hf_config_of(
@@ -371,7 +378,7 @@ def hf_config_of(
     """The `config.json` for a model: the source's own where it describes this model, else a complete new one.
 
     Args:
-        config: the model.
+        config: the model, of a Hugging Face family.
         source_dir: may hold a `config.json`; its token ids are kept in any case.
         dtypes: of the stored tensors; where there is one, `torch_dtype` says so.
     """

@@ -202,6 +202,11 @@ class Config:
             f"and mlp_class_name={self.mlp_class_name!r} together"
         )
 
+    @property
+    def has_hf_family(self) -> bool:
+        """Whether some family of transformers has this structure, so that the model can be exported."""
+        return not self.attn_bias or not (self.norm_qk or self.is_moe)
+
     @classmethod
     def from_name(cls, name: str, /, **overrides: Any) -> Config:
         """A known model by its name, with or without `Qwen/` in front.
@@ -275,6 +280,8 @@ class Config:
     def upcycled(self, n_expert: int, n_expert_per_token: int) -> Config:
         """The mixture of experts that a dense model of this config becomes: every expert as wide as the dense MLP.
 
+        One of Qwen2 has no Hugging Face family (`hf_family` says so): it trains and runs here and in LitGPT only.
+
         Raises:
             UserError: this is a MoE already, or fewer experts than experts per token.
         """
@@ -282,7 +289,7 @@ class Config:
             self._fail(f"is a mixture of {self.n_expert} experts already; upcycling starts from a dense model")
         if not 1 <= n_expert_per_token <= n_expert:
             self._fail(f"n_expert_per_token {n_expert_per_token} must be between 1 and n_expert {n_expert}")
-        moe = replace(
+        return replace(
             self,
             # LitGPT picks its exporter by the name, so the base model's name stays in front.
             name=f"{self.name}-MoE-{n_expert}x{n_expert_per_token}",
@@ -293,8 +300,6 @@ class Config:
             n_expert_per_token=n_expert_per_token,
             norm_topk_prob=True,
         )
-        _ = moe.hf_family  # a MoE that nothing else could load is refused before hours are spent on it
-        return moe
 
     def to_lit_dict(self) -> dict[str, Any]:
         """The 51 keys of LitGPT's `model_config.yaml`, in its order."""

@@ -239,7 +239,8 @@ def _in_file_order(config: Config) -> Iterator[BlockId]:
 
 
 def _spelling(block: Block, naming: Naming, config: Config) -> str:
-    by_family = block.mixtral if config.hf_family == "mixtral" else None
+    # Asked for only where the answer matters: a MoE of Qwen2 has lit names and no Hugging Face family.
+    by_family = block.mixtral if naming.startswith("hf") and config.hf_family == "mixtral" else None
     return {
         "lit": block.lit,
         "memory": block.memory or block.lit,

@@ -124,7 +124,7 @@ class GPT(nn.Module):
         hidden_states: dict[int, Tensor] = {}
         routing: dict[int, Routing] = {}
         for i, block in enumerate(self.transformer.h):
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled() and kv_cache is None:
                 x_BTD, routed = checkpoint(block, x_BTD, cos, sin, mask, use_reentrant=False)
             else:
                 x_BTD, routed = block(x_BTD, cos, sin, mask, None if kv_cache is None else kv_cache.layer(i))
@@ -341,69 +341,68 @@ class Experts(nn.Module):
         experts_E = torch.arange(gate_up.size(0), device=order_M.device)
         ends_E = torch.searchsorted(sorted_ids_M, experts_E, right=True, out_int32=True)
 
-        x_MD = _ToExperts.apply(x_ND, order_M, inverse_M, K)
+        x_MD = _TakeRows.apply(x_ND, order_M // K, inverse_M, K)
         with torch.autocast(device, enabled=False):
-            gate_MF, up_MF = grouped_linear(x_MD, gate_up, ends_E).chunk(2, dim=-1)
-            y_MD = grouped_linear(F.silu(gate_MF) * up_MF, down, ends_E)
-            y_NKD = _FromExperts.apply(y_MD, order_M, inverse_M).view(N, K, -1)
+            y_MD = (grouped_swiglu if can_group(x_MD, down) else looped_swiglu)(x_MD, gate_up, down, ends_E)
+            y_NKD = _TakeRows.apply(y_MD, inverse_M, order_M, 1).view(N, K, -1)
             # One rounding, at the very end: with equal experts the sum is the dense output to the last bit of bf16.
             return (y_NKD * weights_NK[..., None]).sum(dim=1).to(y_MD.dtype)
 
 
-def grouped_linear(x_MD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows ends[e-1]:ends[e] of x times weight[e] transposed, for every e; [M, F].
+def can_group(x_MD: Tensor, down_EDF: Tensor) -> bool:
+    """Whether `grouped_swiglu` is possible, and better than the loop.
 
-    `ends_E` is int32, cumulative, and ends with M; an expert may have no rows. `F.grouped_mm` does it where it can.
-    The loop, which waits for the device, is for the rest: float64, rows that are not a multiple of 16 bytes, and
-    torch.compile with anything but bf16 (its shape inference of grouped_mm knows no other).
+    Possible: rows of a multiple of 16 bytes; not float64; under torch.compile bf16 only (what shape inference knows).
+    Better: always, but on a CPU without gradients. There the loop is 10 % faster, because its buffers are small enough
+    to be used again; with gradients it would have to gather them into one stack, and is 30 % slower at 128 tokens.
     """
-    aligned = all(size * x_MD.element_size() % 16 == 0 for size in weight_EFD.shape[1:])
-    traceable = x_MD.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
-    if aligned and traceable and x_MD.dtype != torch.float64:
-        # Also on a CPU, where it is a loop in C++ that skips idle experts: as fast as the best loop in Python forward,
-        # and faster backward, where it writes each expert's gradient straight into the stack.
-        return F.grouped_mm(x_MD, weight_EFD.transpose(1, 2), offs=ends_E)
+    aligned = all(size * x_MD.element_size() % 16 == 0 for size in down_EDF.shape[1:])
+    if torch.compiler.is_compiling():
+        return aligned and x_MD.dtype == torch.bfloat16
+    return aligned and x_MD.dtype != torch.float64 and (x_MD.device.type != "cpu" or torch.is_grad_enabled())
+
+
+def grouped_swiglu(x_MD: Tensor, gate_up: Tensor, down: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows ends[e-1]:ends[e] of x through expert e, for all experts at once; [M, D].
+
+    `ends_E` is int32, cumulative, and ends with M; an expert may have no rows.
+    """
+    gate_MF, up_MF = F.grouped_mm(x_MD, gate_up.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
+    return F.grouped_mm(F.silu(gate_MF) * up_MF, down.transpose(1, 2), offs=ends_E)
+
+
+def looped_swiglu(x_MD: Tensor, gate_up: Tensor, down: Tensor, ends_E: Tensor) -> Tensor:
+    """The same, expert by expert. Waits for the device to learn `ends_E`; idle experts are not read."""
+    y_MD = []
     # unbind, not weight[e]: each weight[e] would fill a gradient of the whole stack with zeros in backward.
     spans = pairwise([0, *ends_E.tolist()])
-    used = [
-        (start, end, weight) for (start, end), weight in zip(spans, weight_EFD.unbind(0), strict=True) if end > start
-    ]
-    return torch.cat([F.linear(x_MD[start:end], weight) for start, end, weight in used])
+    for (start, end), gate_up_FD, down_DF in zip(spans, gate_up.unbind(0), down.unbind(0), strict=True):
+        if end > start:
+            gate_MF, up_MF = F.linear(x_MD[start:end], gate_up_FD).chunk(2, dim=-1)
+            y_MD.append(F.linear(F.silu(gate_MF) * up_MF, down_DF))
+    return torch.cat(y_MD)
 
 
-class _ToExperts(torch.autograd.Function):
-    """x_ND → x_MD[m] = x[order[m] // K]. Autograd's own backward of that is a scatter-add: atomics, no fixed order."""
+class _TakeRows(torch.autograd.Function):
+    """x[index], where every row is taken `copies` times and `back` lists, row by row, where its copies went.
+
+    Backward is the opposite gather. Autograd's own is a scatter-add: atomics, in no fixed order, and slower.
+    """
 
     @staticmethod
-    def forward(x_ND: Tensor, order_M: Tensor, inverse_M: Tensor, K: int) -> Tensor:
-        return x_ND.index_select(0, order_M // K)
+    def forward(x: Tensor, index: Tensor, back: Tensor, copies: int) -> Tensor:
+        return x.index_select(0, index)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
         ctx.save_for_backward(inputs[2])
-        ctx.K = inputs[3]
+        ctx.copies = inputs[3]
 
     @staticmethod
-    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse_M,) = ctx.saved_tensors
-        return grad_MD.index_select(0, inverse_M).unflatten(0, (-1, ctx.K)).sum(dim=1), None, None, None
-
-
-class _FromExperts(torch.autograd.Function):
-    """y_MD back to the order of the tokens; its backward is the opposite permutation."""
-
-    @staticmethod
-    def forward(y_MD: Tensor, order_M: Tensor, inverse_M: Tensor) -> Tensor:
-        return y_MD.index_select(0, inverse_M)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:
-        (order_M,) = ctx.saved_tensors
-        return grad_MD.index_select(0, order_M), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (back,) = ctx.saved_tensors
+        grad = grad.index_select(0, back)
+        return grad if ctx.copies == 1 else grad.unflatten(0, (-1, ctx.copies)).sum(dim=1), None, None, None
 
 
 class RMSNorm(nn.Module):
@@ -429,10 +428,10 @@ class LayerKV(NamedTuple):
     start: int
 
     def append(self, k_BGTh: Tensor, v_BGTh: Tensor) -> tuple[Tensor, Tensor]:
-        """Store T new positions and return views of all that is stored, [B, G, start + T, h]."""
+        """Store T new positions, without gradient, and return views of all that is stored, [B, G, start + T, h]."""
         end = self.start + k_BGTh.size(2)
-        self.k_BGSh[:, :, self.start : end] = k_BGTh
-        self.v_BGSh[:, :, self.start : end] = v_BGTh
+        self.k_BGSh[:, :, self.start : end] = k_BGTh.detach()
+        self.v_BGSh[:, :, self.start : end] = v_BGTh.detach()
         return self.k_BGSh[:, :, :end], self.v_BGSh[:, :, :end]
 
 

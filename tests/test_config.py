@@ -272,8 +272,12 @@ def test_upcycled() -> None:
     for n_expert, k in ((4, 5), (4, 0)):
         with pytest.raises(UserError, match=f"n_expert_per_token {k} must be between 1 and n_expert 4"):
             dense.upcycled(n_expert, k)
+    homeless = Config.from_hf(QWEN2).upcycled(4, 2)
+    assert homeless.attn_bias
+    assert homeless.n_expert == 4
+    assert not homeless.has_hf_family
     with pytest.raises(UserError, match="no Hugging Face family"):
-        Config.from_hf(QWEN2).upcycled(4, 2)
+        _ = homeless.hf_family
 
 
 def test_families_follow_structure() -> None:

@@ -284,6 +284,16 @@ def test_cache_reset_and_dtype() -> None:
     assert cache.kv.shape == (2, 3, 1, 2, 8, 14)
 
 
+def test_cache_holds_no_graph_and_works_with_checkpointing_on() -> None:
+    model = build(config_of("qwen3"))
+    model.activation_checkpointing = True
+    cache = KVCache(model.config, 1, 8)
+    whole = model(ids(1, 8)).logits
+    parts = [model(part, kv_cache=cache).logits for part in ids(1, 8).split([5, 3], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=1e-5)
+    assert not cache.kv.requires_grad
+
+
 @torch.no_grad()
 def test_output() -> None:
     model = build(config_of("qwen3"))

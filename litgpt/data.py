@@ -1,0 +1,379 @@
+"""Dialogues on disk → packed batches: JSON lines are read with exact complaints, rendered once, and packed into rows.
+
+- `read_records` names file and line of whatever is wrong; nothing is skipped silently
+- `PackedLoader` puts several dialogues into a row; each keeps its own document number, so attention, positions and
+  the losses never cross from one into the next
+- the order depends on seed and epoch alone: a loader that gets its state back goes on with the very same batches
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litgpt.chat import ROLES, Message, Span, Tags, render
+from litgpt.tokenizer import Tokenizer
+from litgpt.utils import UserError
+
+PADDING_DOCUMENT = -1
+# Rows that stay open for first-fit: enough for a few per cent of padding, few enough to keep the shuffled order.
+OPEN_ROWS = 64
+# A micro-batch is as wide as its fullest row, rounded up to this, so that shapes repeat.
+WIDTH_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class Record:
+    """One dialogue.
+
+    Attributes:
+        id: unique in its file.
+        messages: turns in order; at least one is the assistant's.
+        meta: whatever else the writer of the file noted.
+    """
+
+    id: str
+    messages: list[Message]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def read_records(path: str | os.PathLike[str]) -> list[Record]:
+    """Read dialogues from JSON lines: `{"id", "messages": [{"role", "content", "thought"?}], "meta"?}`.
+
+    A byte-order mark, CRLF line ends and blank lines are accepted.
+
+    Raises:
+        UserError: no such file, no record in it, or `path:line:` and what is wrong with that line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no file {path}: expected dialogues as JSON lines, one object a line")
+    records: list[Record] = []
+    line_of_id: dict[str, int] = {}
+    # Bytes are split at \n alone: str.splitlines would also cut at U+2028, which a JSON string may hold.
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = _parse_record(line)
+            if record.id in line_of_id:
+                raise ValueError(f"id {record.id!r} stands in line {line_of_id[record.id]} already: ids are unique")
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+        line_of_id[record.id] = number
+        records.append(record)
+    if not records:
+        raise UserError(f"{path} holds no record: expected dialogues as JSON lines, one object a line")
+    return records
+
+
+def _parse_record(line: bytes) -> Record:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start} of the line: save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, found {_kind(value)}")
+    identity, messages, meta = value.get("id"), value.get("messages"), value.get("meta", {})
+    if not isinstance(identity, str) or not identity:
+        raise ValueError(f'expected "id" to be a non-empty string, found {_kind(identity)}')
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f'expected "messages" to be a non-empty list, found {_kind(messages)}')
+    if not isinstance(meta, dict):
+        raise ValueError(f'expected "meta" to be an object, found {_kind(meta)}')
+    checked = [_parse_message(message, position) for position, message in enumerate(messages, start=1)]
+    if all(message["role"] != "assistant" for message in checked):
+        raise ValueError("no assistant turn: there is nothing to learn from this record")
+    return Record(identity, checked, meta)
+
+
+def _parse_message(message: Any, position: int) -> Message:
+    if not isinstance(message, dict):
+        raise ValueError(f"message {position}: expected an object, found {_kind(message)}")
+    # An unknown key is most often a misspelt "thought", which would be lost without a word.
+    if unknown := sorted(set(message) - {"role", "content", "thought"}):
+        raise ValueError(f"message {position}: unknown key {unknown[0]!r}; known are role, content, thought")
+    role, thought = message.get("role"), message.get("thought")
+    if role not in ROLES:
+        raise ValueError(f"message {position}: role {role!r} is none of {', '.join(ROLES)}")
+    parsed: Message = {"role": role, "content": _text(message.get("content"), position, "content")}
+    if thought is not None:
+        if role != "assistant":
+            raise ValueError(f"message {position}: only an assistant has a thought, this is a {role} turn")
+        parsed["thought"] = _text(thought, position, "thought", may_be_empty=True)
+    return parsed
+
+
+def _text(value: Any, position: int, key: str, *, may_be_empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f'message {position}: expected "{key}" to be a string, found {_kind(value)}')
+    if not may_be_empty and not value.strip():
+        raise ValueError(f'message {position}: "{key}" is empty')
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f'message {position}: "{key}" holds half of a surrogate pair, which is no character') from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "nothing"}
+    if isinstance(value, str | list) and not value:
+        return f"an empty {'string' if isinstance(value, str) else 'list'}"
+    return names.get(type(value), "a number")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A rendered record.
+
+    Attributes:
+        ids_T: token ids, int32.
+        spans_T: `litgpt.chat.Span` of each token, uint8.
+    """
+
+    ids_T: Tensor
+    spans_T: Tensor
+
+
+@dataclass
+class Batch:
+    """A micro-batch of packed rows.
+
+    Attributes:
+        ids_BT: token ids, int64; padding has id 0.
+        spans_BT: `litgpt.chat.Span` of each token, uint8.
+        documents_BT: number of the document within its row from 0, int32; -1 is padding.
+        records: for each row the numbers of its records in the loader's `records`, in document order.
+    """
+
+    ids_BT: Tensor
+    spans_BT: Tensor
+    documents_BT: Tensor
+    records: list[list[int]]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on another device."""
+        ids_BT, spans_BT, documents_BT = (x.to(device) for x in (self.ids_BT, self.spans_BT, self.documents_BT))
+        return Batch(ids_BT, spans_BT, documents_BT, self.records)
+
+    def next_tokens(self) -> tuple[Tensor, Tensor]:
+        """What each position is to predict: the next id of its document and that id's span.
+
+        Returns:
+            targets [B, T], int64, and target spans [B, T], uint8; the last token of a document predicts nothing and
+            has target 0 and span `PAD`, as has padding.
+        """
+        targets_BT = torch.zeros_like(self.ids_BT)
+        spans_BT = torch.full_like(self.spans_BT, Span.PAD)
+        same_BT = (self.documents_BT[:, 1:] == self.documents_BT[:, :-1]) & (self.documents_BT[:, 1:] >= 0)
+        targets_BT[:, :-1] = torch.where(same_BT, self.ids_BT[:, 1:], 0)
+        spans_BT[:, :-1] = torch.where(same_BT, self.spans_BT[:, 1:], int(Span.PAD))
+        return targets_BT, spans_BT
+
+
+def tags_of(tokenizer: Tokenizer) -> Tags:
+    """The tags a checkpoint wraps its rationale in: `<thought>` where it has those tokens, else Qwen3's `<think>`."""
+    return "think" if tokenizer.thought_ids is None else "thought"
+
+
+class PackedLoader:
+    """Rendered dialogues as packed micro-batches, one epoch an iteration.
+
+    Every rank gets the same number of micro-batches: the last ones are filled up with empty rows, which weigh nothing
+    in any loss, rather than by dropping or repeating dialogues.
+
+    Args:
+        records: dialogues; see `read_records`.
+        tokenizer: the student's.
+        max_seq_length: tokens in a row; a longer dialogue is left out and listed in `dropped`, never cut: a cut
+            dialogue loses its end-of-turn token and teaches not to stop.
+        micro_batch_size: rows in a micro-batch.
+        seed: with the epoch it determines the order.
+        shuffle: a new order each epoch; otherwise the order of `records`.
+        rank: this process, from 0.
+        world_size: processes that share the data.
+
+    Attributes:
+        records: the dialogues that fit, in their given order.
+        documents: the same, rendered.
+        dropped: ids of the dialogues that are too long.
+
+    Raises:
+        UserError: no dialogue fits.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        tokenizer: Tokenizer,
+        *,
+        max_seq_length: int,
+        micro_batch_size: int,
+        seed: int = 1337,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.max_seq_length = max_seq_length
+        self.micro_batch_size = micro_batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.position = 0
+        self.records: list[Record] = []
+        self.documents: list[Document] = []
+        self.dropped: list[str] = []
+        shortest = 0
+        digest = hashlib.sha256()
+        for record in records:
+            rendered = render(record.messages, tokenizer, tags=tags_of(tokenizer))
+            if len(rendered.ids) > max_seq_length:
+                self.dropped.append(record.id)
+                shortest = min(shortest or len(rendered.ids), len(rendered.ids))
+                continue
+            ids_T = torch.tensor(rendered.ids, dtype=torch.int32)
+            spans_T = torch.tensor(rendered.spans, dtype=torch.uint8)
+            digest.update(len(ids_T).to_bytes(8, "little") + ids_T.numpy().tobytes() + spans_T.numpy().tobytes())
+            self.records.append(record)
+            self.documents.append(Document(ids_T, spans_T))
+        if not self.documents:
+            raise UserError(
+                f"none of {len(self.dropped)} dialogues fits into {max_seq_length} tokens; "
+                f"the shortest has {shortest}: raise max_seq_length"
+            )
+        self._digest = digest.hexdigest()
+        self._packed: tuple[int, list[list[int]]] | None = None
+
+    def __len__(self) -> int:
+        """Micro-batches of the current epoch on this rank."""
+        return -(-len(self._rows()) // (self.micro_batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The remaining micro-batches of the current epoch; after the last the loader stands at the next epoch."""
+        while self.position < len(self):
+            batch = self._batch(self.position)
+            # Moved on before the batch is handed out: a state saved while it is in use does not give it out again.
+            self.position += 1
+            yield batch
+        self.epoch += 1
+        self.position = 0
+
+    def forever(self) -> Iterator[Batch]:
+        """Micro-batches of one epoch after another, from the current position on."""
+        while True:
+            yield from self
+
+    @property
+    def padding_share(self) -> float:
+        """Share of padding in the current epoch's micro-batches on all ranks, 0 … 1."""
+        rows, size = self._rows(), self.micro_batch_size
+        groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+        room = sum(size * self._width(group) for group in groups)
+        return 1 - sum(len(document.ids_T) for document in self.documents) / room
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands: plain numbers and strings."""
+        return {"epoch": self.epoch, "position": self.position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state` was taken.
+
+        Raises:
+            UserError: the state is that of other data or of other settings, so the order would differ.
+        """
+        for key, value in self._identity().items():
+            if state.get(key) != value:
+                raise UserError(
+                    f"the checkpoint's data loader has {key} {state.get(key)!r}, this one has {value!r}: "
+                    "go on with the same data and settings, or start again without the checkpoint"
+                )
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "data": self._digest,
+            "max_seq_length": self.max_seq_length,
+            "micro_batch_size": self.micro_batch_size,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "world_size": self.world_size,
+        }
+
+    def _rows(self) -> list[list[int]]:
+        """Record numbers of each row of the current epoch, the same on every rank."""
+        if self._packed is None or self._packed[0] != self.epoch:
+            order = list(range(len(self.documents)))
+            if self.shuffle:
+                # A generator takes one number; multiplying keeps neighbouring seeds and epochs apart.
+                generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+                order = torch.randperm(len(order), generator=generator).tolist()
+            lengths = [len(document.ids_T) for document in self.documents]
+            self._packed = (self.epoch, pack(order, lengths, self.max_seq_length))
+        return self._packed[1]
+
+    def _width(self, rows: list[list[int]]) -> int:
+        fullest = max((sum(len(self.documents[i].ids_T) for i in row) for row in rows), default=0)
+        return min(self.max_seq_length, -(-max(fullest, 1) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
+
+    def _batch(self, position: int) -> Batch:
+        size = self.micro_batch_size
+        start = (position * self.world_size + self.rank) * size
+        rows = self._rows()[start : start + size]
+        shape = (size, self._width(rows))
+        batch = Batch(
+            ids_BT=torch.zeros(shape, dtype=torch.int64),
+            spans_BT=torch.full(shape, Span.PAD, dtype=torch.uint8),
+            documents_BT=torch.full(shape, PADDING_DOCUMENT, dtype=torch.int32),
+            records=[*rows, *([] for _ in range(size - len(rows)))],
+        )
+        for b, row in enumerate(rows):
+            start = 0
+            for number, record in enumerate(row):
+                document = self.documents[record]
+                place = slice(start, start + len(document.ids_T))
+                batch.ids_BT[b, place] = document.ids_T.long()
+                batch.spans_BT[b, place] = document.spans_T
+                batch.documents_BT[b, place] = number
+                start = place.stop
+        return batch
+
+
+def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put items into rows, each into the first open row that has room for it (first-fit over a window).
+
+    Args:
+        order: item numbers in the order they come.
+        lengths: length of each item by its number, none above `capacity`.
+        capacity: length of a row.
+
+    Returns:
+        the rows in the order they were opened.
+    """
+    rows: list[list[int]] = []
+    room: dict[int, int] = {}  # open row → length left
+    for item in order:
+        row = next((row for row, left in room.items() if left >= lengths[item]), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room[row] = capacity
+            if len(room) > OPEN_ROWS:
+                del room[next(iter(room))]
+        rows[row].append(item)
+        room[row] -= lengths[item]
+    return rows

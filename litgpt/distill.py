@@ -1,0 +1,377 @@
+"""One step of distillation: which parameters learn, what a micro-batch needs, its loss, and the validation.
+
+    loss = task_weight · CE + kd_weight · KD + cka_weight(t) · (1 - CKA) + router_weight · balance
+
+CE is scored on thought and answer, KD on the answer alone, CKA against the dense base on the spans chosen. Each term is
+divided by its own count over the whole optimizer step, all micro-batches of all ranks (`Totals`), so that cutting the
+same dialogues into other micro-batches changes nothing but rounding. CKA is the exception: it compares geometry within
+one micro-batch, and the step's value is the mean over micro-batches weighted by rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from litgpt.chat import Span
+from litgpt.cka import MINIMUM_ROWS, StreamingCKA, select_rows
+from litgpt.data import Batch
+from litgpt.losses import DistillTerms, Teacher, cka_loss, distill_terms
+from litgpt.model import GPT, Output
+from litgpt.recipe import LossSettings
+from litgpt.routing import RouterStats, balance_loss, expert_counts
+from litgpt.teacher import OnlineTeacher, TeacherBatch, TeacherView
+from litgpt.utils import UserError
+
+
+def cka_layers(n_layer: int, every: int) -> list[int]:
+    """Every n-th layer, counted from 0, and the last: 28 layers by 4 → 3, 7, 11, 15, 19, 23, 27."""
+    return sorted({*range(every - 1, n_layer, every), n_layer - 1})
+
+
+def freeze_but_experts(student: GPT) -> None:
+    """Leave a gradient to routers and experts alone. The thought tokens' rows learn apart, see `ThoughtRows`.
+
+    Raises:
+        UserError: the model is dense.
+    """
+    if not student.config.is_moe:
+        raise UserError(
+            f"the student {student.config.name!r} is dense: make a mixture of experts of it first, "
+            "with python scripts/upcycle_moe.py"
+        )
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(".mlp.gate." in name or ".mlp.experts." in name)
+
+
+class ThoughtRows(nn.Module):
+    """The embedding rows of the thought tokens, and those of an untied head, as parameters of their own.
+
+    The embedding itself stays frozen: no gradient, no weight decay and no Adam state ever touch its other rows, so they
+    are bit-identical after training by construction. The rows take their place on the way in (a hook on the embedding)
+    and on the way out (`head`); `write_back` puts them where a checkpoint expects them.
+
+    Args:
+        student: the model whose rows these are.
+        ids: the thought tokens.
+    """
+
+    def __init__(self, student: GPT, ids: Sequence[int]) -> None:
+        super().__init__()
+        self.ids = tuple(ids)
+        wte, lm_head = student.transformer.wte, student.lm_head
+        self.embedding = nn.Parameter(wte.weight.detach()[list(ids)].clone())
+        tied = lm_head.weight is wte.weight
+        self.output = None if tied else nn.Parameter(lm_head.weight.detach()[list(ids)].clone())
+        wte.register_forward_hook(self._embed)
+
+    def _embed(self, _: nn.Module, arguments: tuple[Tensor], x_BTD: Tensor) -> Tensor:
+        for index, row_D in zip(self.ids, self.embedding, strict=True):
+            x_BTD = torch.where((arguments[0] == index)[..., None], row_D, x_BTD)
+        return x_BTD
+
+    def head(self, head_VD: Tensor) -> Tensor:
+        """The vocabulary projection with these rows in place, differentiable in them alone."""
+        rows = self.embedding if self.output is None else self.output
+        return head_VD.detach().index_copy(0, torch.tensor(self.ids, device=head_VD.device), rows)
+
+    @torch.no_grad()
+    def write_back(self, student: GPT) -> None:
+        """Copy the rows into the model's own embedding and head."""
+        student.transformer.wte.weight[list(self.ids)] = self.embedding
+        if self.output is not None:
+            student.lm_head.weight[list(self.ids)] = self.output
+
+    @torch.no_grad()
+    def read_from(self, student: GPT) -> None:
+        """Take the rows that the model's embedding and head have now."""
+        self.embedding.copy_(student.transformer.wte.weight[list(self.ids)])
+        if self.output is not None:
+            self.output.copy_(student.lm_head.weight[list(self.ids)])
+
+
+@dataclass
+class Totals:
+    """What the terms of one optimizer step are divided by.
+
+    Attributes:
+        ce: Σ weight of the tokens with cross-entropy.
+        kd: tokens with a teacher.
+        cka: rows of CKA.
+        tokens: tokens that are no padding.
+    """
+
+    ce: float = 0.0
+    kd: float = 0.0
+    cka: float = 0.0
+    tokens: float = 0.0
+
+    def as_tensor(self) -> Tensor:
+        """The four numbers in fp64: counts stay exact, also when summed over ranks."""
+        return torch.tensor([self.ce, self.kd, self.cka, self.tokens], dtype=torch.float64)
+
+
+# Not a dataclass: Fabric's precision plugin walks into those and would round the weights in here to bf16.
+class MicroBatch:
+    """A batch with everything that the losses ask for, ready on the student's device.
+
+    Attributes:
+        batch: ids, spans, documents.
+        targets_N, target_spans_N: what each position predicts and that id's span.
+        ce_weight_N: weight in the cross-entropy, fp32.
+        cka_BT: which tokens are rows of CKA.
+        real_N: which tokens are no padding.
+        counts: this micro-batch's part of the `Totals`.
+        teacher_batch: the teacher's side, on the CPU; `None` without a teacher.
+        teacher: the teacher's targets, once it has run.
+        reference: the base's hidden states by layer, once it has run.
+    """
+
+    def __init__(self, batch: Batch, settings: LossSettings, view: TeacherView | None, device: torch.device) -> None:
+        targets_BT, spans_BT = batch.next_tokens()
+        weight_BT = torch.zeros(spans_BT.shape)
+        weight_BT[spans_BT == Span.THOUGHT] = settings.thought_weight
+        weight_BT[spans_BT == Span.ANSWER] = 1.0
+        cka_BT = select_rows(
+            batch.spans_BT, batch.documents_BT, keep_spans=[Span[name.upper()] for name in settings.cka_spans]
+        )
+        real_BT = batch.documents_BT >= 0
+        self.teacher_batch: TeacherBatch | None = None if view is None else view.batch(batch)
+        # Counted before anything moves: on the CPU this waits for no device.
+        self.counts = Totals(
+            ce=float(weight_BT.double().sum()),
+            kd=0.0 if self.teacher_batch is None else len(self.teacher_batch.student_at_M),
+            # Fewer rows have no unbiased CKA; such a micro-batch takes no part in the term.
+            cka=rows if (rows := int(cka_BT.sum())) >= MINIMUM_ROWS else 0,
+            tokens=int(real_BT.sum()),
+        )
+        self.batch = batch.to(device)
+        self.targets_N = targets_BT.flatten().to(device)
+        self.target_spans_N = spans_BT.flatten().to(device)
+        self.ce_weight_N = weight_BT.flatten().to(device)
+        self.cka_BT = cka_BT.to(device)
+        self.real_N = real_BT.flatten().to(device)
+        self.teacher: Teacher | None = None
+        self.reference: dict[int, Tensor] = {}
+
+
+class Reference:
+    """The dense model that the student was made of, frozen: what CKA compares the student's hidden states with.
+
+    It reads the student's ids. The dense checkpoint has only untrained rows for the two thought tokens, so it gets the
+    rows that the upcycled student starts with (near copies of `<think>` and `</think>`). So at step 0 both networks are
+    equal at every token and every CKA is 1, and the rows compared are the same tokens of the same text; a text without
+    the thought would give the student other contexts than the base.
+
+    Args:
+        model: the dense model.
+        student: the upcycled student before training; only its embedding is read.
+        thought_ids: the thought tokens, `None` if there are none.
+        layers: which hidden states to keep.
+
+    Raises:
+        UserError: depth, width or vocabulary differ.
+    """
+
+    def __init__(self, model: GPT, student: GPT, thought_ids: Sequence[int] | None, layers: Sequence[int]) -> None:
+        for key in ("n_layer", "n_embd", "padded_vocab_size"):
+            ours, theirs = getattr(student.config, key), getattr(model.config, key)
+            if ours != theirs:
+                raise UserError(
+                    f"the base {model.config.name!r} has {key} {theirs}, the student {ours}: "
+                    "the base is the dense checkpoint that the student was upcycled from"
+                )
+        trained = dict(student.named_parameters())
+        for name, parameter in model.named_parameters():
+            if (".attn." in name or "norm" in name) and not torch.equal(parameter, trained[name].to(parameter)):
+                raise UserError(
+                    f"{name} of the base {model.config.name!r} is not the student's: "
+                    "the base is the dense checkpoint that the student was upcycled from"
+                )
+        self.model = model.requires_grad_(False)
+        self.layers = list(layers)
+        if thought_ids is not None:
+            rows = list(thought_ids)
+            with torch.no_grad():
+                self.model.transformer.wte.weight[rows] = student.transformer.wte.weight[rows].to(
+                    self.model.transformer.wte.weight
+                )
+
+    @torch.no_grad()
+    def hidden_states(self, batch: Batch) -> dict[int, Tensor]:
+        """Residual stream [B, T, D] after each of the layers."""
+        output: Output = self.model(
+            batch.ids_BT, documents_BT=batch.documents_BT, layers=self.layers, return_logits=False
+        )
+        return output.hidden_states
+
+
+class StepTerms(NamedTuple):
+    """The parts of one micro-batch's loss, each already divided by the step's totals; detached."""
+
+    terms: Tensor
+    """fp64 [4]: ce, kd, 1 - cka and balance, unweighted; over all micro-batches they add up to the step's."""
+    load_LE: Tensor
+    """fp64: how many tokens each layer gave to each expert."""
+
+
+class Distiller(nn.Module):
+    """The student and its loss as one module, so that DDP sees every parameter take part in one forward.
+
+    Args:
+        student: the upcycled model; everything but routers and experts is frozen here.
+        thought_ids: ids of the thought tokens, `None` if the student has none.
+        settings: the weights.
+        shared_vocab_size: ids below it are compared in KD.
+    """
+
+    def __init__(
+        self,
+        student: GPT,
+        thought_ids: Sequence[int] | None,
+        settings: LossSettings,
+        shared_vocab_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        freeze_but_experts(student)
+        self.student = student
+        self.rows = None if thought_ids is None else ThoughtRows(student, thought_ids)
+        self.settings = settings
+        self.shared_vocab_size = shared_vocab_size
+        self.layers = cka_layers(student.config.n_layer, settings.cka_every)
+
+    def forward(
+        self, micro: MicroBatch, totals: Totals, cka_weight: float, load_LE: Tensor | None = None
+    ) -> tuple[Tensor, StepTerms]:
+        """This micro-batch's share of the step's loss.
+
+        Args:
+            micro: with the teacher's and the reference's side filled in where their weight is not 0.
+            totals: of the whole step.
+            cka_weight: weight of 1 - CKA at this step.
+            load_LE: tokens per layer and expert of the whole step; `None` if this micro-batch is all of it.
+
+        Returns:
+            a scalar whose sum over the step's micro-batches is the step's loss, and its parts.
+        """
+        with_cka = bool(micro.reference) and micro.counts.cka > 0
+        output, terms = self.terms(micro, layers=self.layers if with_cka else [])
+        ce, kd = terms.ce / (totals.ce or 1.0), terms.kd / (totals.kd or 1.0)
+        cka = ce.new_zeros(())
+        if with_cka:
+            share = micro.counts.cka / totals.cka
+            cka = share * cka_loss(output.hidden_states, micro.reference, micro.cka_BT)
+        own_LE = expert_counts(output.routing, micro.real_N)
+        balance = balance_loss(
+            output.routing, micro.real_N, load_LE=own_LE if load_LE is None else load_LE, tokens=totals.tokens
+        )
+        weights = self.settings
+        loss = weights.task_weight * ce + weights.kd_weight * kd + cka_weight * cka + weights.router_weight * balance
+        if micro.counts.tokens == 0:
+            # A rank whose rows are all padding still has to answer for every parameter, or DDP waits for ever.
+            loss = loss + 0.0 * output.hidden.sum() + sum(0.0 * p.sum() for p in self.rows_parameters())
+        return loss, StepTerms(torch.stack((ce, kd, cka, balance)).detach().double(), own_LE)
+
+    def rows_parameters(self) -> list[nn.Parameter]:
+        """The parameters of `ThoughtRows`, none if there are no thought tokens."""
+        return [] if self.rows is None else list(self.rows.parameters())
+
+    def terms(
+        self, micro: MicroBatch, *, layers: Iterable[int] = (), temperature: float | None = None
+    ) -> tuple[Output, DistillTerms]:
+        """Run the student and score CE and KD; sums over tokens."""
+        batch = micro.batch
+        output: Output = self.student(
+            batch.ids_BT, documents_BT=batch.documents_BT, layers=list(layers), return_logits=False
+        )
+        head_VD = self.student.lm_head.weight
+        terms = distill_terms(
+            output.hidden.flatten(0, 1),
+            head_VD if self.rows is None else self.rows.head(head_VD),
+            micro.targets_N,
+            micro.ce_weight_N,
+            teacher=micro.teacher,
+            shared_vocab_size=self.shared_vocab_size,
+            temperature=self.settings.temperature if temperature is None else temperature,
+            chunk_rows=self.settings.chunk_rows,
+        )
+        return output, terms
+
+    @torch.no_grad()
+    def expert_load(self, batch: Batch, real_N: Tensor) -> Tensor:
+        """Tokens per layer and expert [L, E] of a batch, fp64, without any loss."""
+        output: Output = self.student(batch.ids_BT, documents_BT=batch.documents_BT, return_logits=False)
+        return expert_counts(output.routing, real_N)
+
+
+@torch.no_grad()
+def evaluate(
+    distiller: Distiller,
+    batches: Iterable[Batch],
+    *,
+    teacher: OnlineTeacher | None,
+    view: TeacherView | None,
+    reference: Reference,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> dict[str, Any]:
+    """Score the student on held-out dialogues.
+
+    Args:
+        distiller: the student with its rows.
+        batches: the whole validation set, on the CPU.
+        teacher, view: the loaded teacher and its side of these dialogues, or two `None`.
+        reference: the dense base.
+        device: the student's.
+        autocast: gives the precision context of training.
+
+    Returns:
+        plain numbers: `answer_ce` and `thought_ce` (nats a token), `kd_kl` (KL(teacher || student) at temperature 1,
+        nats an answer token), the token counts behind them, and by layer `cka` (unbiased, exact over the set),
+        `expert_load` (each expert's share of the choices), `expert_max_over_mean` and `router_entropy` (see
+        `litgpt.routing.LayerStats`). What has no tokens is `None`.
+    """
+    student = distiller.student
+    # A thought that weighs nothing in training is measured all the same.
+    settings = LossSettings(thought_weight=1.0, cka_spans=distiller.settings.cka_spans)
+    sums = torch.zeros(3, dtype=torch.float64)
+    counts = torch.zeros(3, dtype=torch.int64)
+    cka = {layer: StreamingCKA() for layer in distiller.layers}
+    router = RouterStats()
+    student.eval()
+    for batch in batches:
+        micro = MicroBatch(batch, settings, view, device)
+        if teacher is not None and micro.teacher_batch is not None:
+            micro.teacher = teacher.targets(micro.teacher_batch, micro.targets_N.numel())
+        with autocast():
+            reference_states = reference.hidden_states(micro.batch)
+            output, terms = distiller.terms(micro, layers=distiller.layers, temperature=1.0)
+        for column, span in enumerate((Span.ANSWER, Span.THOUGHT)):
+            of_span_N = micro.target_spans_N == span
+            sums[column] += terms.ce_N[of_span_N].double().sum().cpu()
+            counts[column] += of_span_N.sum().cpu()
+        sums[2] += terms.kd_N.double().sum().cpu()
+        counts[2] += int(micro.counts.kd)
+        for layer, streaming in cka.items():
+            streaming.update(output.hidden_states[layer][micro.cka_BT], reference_states[layer][micro.cka_BT])
+        router.update(output.routing, micro.real_N)
+    student.train()
+    means = [float(s / n) if n else None for s, n in zip(sums, counts, strict=True)]
+    layers = {str(layer.layer): layer for layer in router.results()}
+    return {
+        "answer_ce": means[0],
+        "thought_ce": means[1],
+        "kd_kl": means[2],
+        "answer_tokens": int(counts[0]),
+        "thought_tokens": int(counts[1]),
+        "kd_tokens": int(counts[2]),
+        "cka": {str(layer): c.result() if c.n >= MINIMUM_ROWS else None for layer, c in cka.items()},
+        "expert_load": {name: list(layer.share_E) for name, layer in layers.items()},
+        "expert_max_over_mean": {name: layer.max_over_mean for name, layer in layers.items()},
+        "router_entropy": {name: layer.entropy for name, layer in layers.items()},
+    }

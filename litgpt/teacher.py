@@ -1,0 +1,196 @@
+"""The teacher: a frozen model that reads the same dialogues and is asked at the answer's tokens alone.
+
+Which text the teacher reads is its *view*:
+
+- `strip`: the dialogue without its thought and with the teacher's own empty `<think>` block. A Qwen3 that finds no
+  block after the assistant's header wants to open one, so its opinion of the first answer token would be rubbish.
+- `mask`: the student's own ids, thought included.
+
+Student and teacher rows thus differ in length. `TeacherView` knows, for every answer token, which student position
+and which teacher position predict it; that the two predict the same id is checked when the dialogues are read.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from litgpt.chat import Span, render
+from litgpt.checkpoint import load_model
+from litgpt.config import Config
+from litgpt.data import PADDING_DOCUMENT, WIDTH_MULTIPLE, Batch, Document, PackedLoader, Record
+from litgpt.losses import Teacher
+from litgpt.model import GPT
+from litgpt.tokenizer import Tokenizer
+from litgpt.utils import UserError
+
+View = Literal["strip", "mask"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One dialogue as the teacher reads it.
+
+    Attributes:
+        ids_T: the teacher's token ids, int32.
+        student_at_P: for each answer token the position of the student's document that predicts it, int64.
+        teacher_at_P: the position of `ids_T` that predicts the same token, int64.
+    """
+
+    ids_T: Tensor
+    student_at_P: Tensor
+    teacher_at_P: Tensor
+
+
+@dataclass
+class TeacherBatch:
+    """The teacher's side of a `Batch`: the same dialogues in the same rows.
+
+    Attributes:
+        ids_BS: the teacher's ids, int64; S differs from the student's T.
+        documents_BS: number of the document within its row, int32; -1 is padding.
+        student_at_M: positions in the flattened student batch (B·T) that have a teacher, ascending.
+        teacher_at_M: positions in the flattened teacher batch (B·S) that predict the same tokens.
+    """
+
+    ids_BS: Tensor
+    documents_BS: Tensor
+    student_at_M: Tensor
+    teacher_at_M: Tensor
+
+
+class TeacherView:
+    """The dialogues of one loader as the teacher reads them, rendered once; see `OnlineTeacher.read`."""
+
+    def __init__(self, readings: list[Reading], documents: list[Document]) -> None:
+        self.readings = readings
+        self._lengths = [len(document.ids_T) for document in documents]
+
+    def batch(self, batch: Batch) -> TeacherBatch:
+        """The teacher's side of a micro-batch of the same loader, on the CPU."""
+        rows = [[self.readings[i] for i in row] for row in batch.records]
+        fullest = max((sum(len(reading.ids_T) for reading in row) for row in rows), default=0)
+        # Its side is seldom longer than the student's, which is what the block sizes are checked against.
+        rounded = -(-max(fullest, 1) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        width = max(fullest, min(rounded, batch.ids_BT.shape[1]))
+        ids_BS = torch.zeros(len(rows), width, dtype=torch.int64)
+        documents_BS = torch.full((len(rows), width), PADDING_DOCUMENT, dtype=torch.int32)
+        student, teacher = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+        for b, row in enumerate(rows):
+            student_start, teacher_start = b * batch.ids_BT.shape[1], b * width
+            start = 0
+            for number, (reading, record) in enumerate(zip(row, batch.records[b], strict=True)):
+                end = start + len(reading.ids_T)
+                ids_BS[b, start:end] = reading.ids_T.long()
+                documents_BS[b, start:end] = number
+                student.append(student_start + reading.student_at_P)
+                teacher.append(teacher_start + start + reading.teacher_at_P)
+                student_start += self._lengths[record]
+                start = end
+        return TeacherBatch(ids_BS, documents_BS, torch.cat(student), torch.cat(teacher))
+
+
+class OnlineTeacher:
+    """A frozen teacher that runs beside the student. It is no part of the student's module nor of any checkpoint.
+
+    Making one compares the two vocabularies and reads no weights; `load` does.
+
+    Args:
+        checkpoint_dir: lit dir of the teacher, dense or not.
+        student: the student's tokenizer.
+        view: what the teacher reads, see the top of this file.
+
+    Attributes:
+        shared_vocab_size: ids below it stand for the same token in both; KD compares the two over these alone, so
+            neither padding rows nor the student's thought tokens enter.
+
+    Raises:
+        UserError: no such checkpoint, an unknown view, or an id that stands for different tokens.
+    """
+
+    def __init__(self, checkpoint_dir: str | os.PathLike[str], student: Tokenizer, *, view: View = "strip") -> None:
+        if view not in get_args(View):
+            raise UserError(f"teacher view {view!r} is not known: choose one of {', '.join(get_args(View))}")
+        self.checkpoint_dir = Path(checkpoint_dir)
+        self.view = view
+        self.config = Config.from_checkpoint(self.checkpoint_dir)
+        self.tokenizer = Tokenizer(self.checkpoint_dir)
+        self.shared_vocab_size = shared_vocab_size(student, self.tokenizer)
+        self._model: GPT | None = None
+
+    def load(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        """Read the weights; they get no gradient."""
+        self._model = load_model(self.checkpoint_dir, dtype=dtype, device=device).requires_grad_(False)
+
+    def read(self, loader: PackedLoader) -> TeacherView:
+        """Render a loader's dialogues in the teacher's view and pair the positions.
+
+        Raises:
+            UserError: a dialogue whose answer has other ids for the teacher, or ids that the teacher has no row for.
+        """
+        pairs = zip(loader.records, loader.documents, strict=True)
+        return TeacherView([self._reading(record, document) for record, document in pairs], loader.documents)
+
+    def _reading(self, record: Record, document: Document) -> Reading:
+        ids_T, spans_T = document.ids_T, document.spans_T
+        if self.view == "strip":
+            rendered = render(record.messages, self.tokenizer, tags="think", keep_thoughts=False)
+            ids_T = torch.tensor(rendered.ids, dtype=torch.int32)
+            spans_T = torch.tensor(rendered.spans, dtype=torch.uint8)
+        if (highest := int(ids_T.max())) >= self.config.padded_vocab_size:
+            raise UserError(
+                f"record {record.id!r} has id {highest}, the teacher has only {self.config.padded_vocab_size} rows: "
+                "use the view strip, which leaves the student's own tokens out"
+            )
+        student_T = (document.spans_T == Span.ANSWER).nonzero().squeeze(1)
+        teacher_T = (spans_T == Span.ANSWER).nonzero().squeeze(1)
+        if not torch.equal(document.ids_T[student_T], ids_T[teacher_T]):
+            raise UserError(
+                f"record {record.id!r}: student and teacher split the answer into different tokens "
+                f"({len(student_T)} and {len(teacher_T)}): they need tokenizers with the same merges"
+            )
+        # The token at t is predicted at t - 1; an answer never starts a document, its header stands before it.
+        return Reading(ids_T, student_T - 1, teacher_T - 1)
+
+    @torch.no_grad()
+    def targets(self, batch: TeacherBatch, student_tokens: int) -> Teacher:
+        """Run the teacher over its side of a micro-batch.
+
+        Args:
+            batch: from `TeacherView.batch`.
+            student_tokens: N = B·T of the student's side.
+
+        Returns:
+            what the loss needs: the hidden rows at the paired positions alone, the head, and which student row reads
+            which of them.
+        """
+        if self._model is None:
+            raise RuntimeError("the teacher's weights are not loaded: call load() first")
+        head_VC = self._model.lm_head.weight
+        device = head_VC.device
+        output = self._model(batch.ids_BS.to(device), documents_BT=batch.documents_BS.to(device), return_logits=False)
+        rows_N = torch.full((student_tokens,), -1, dtype=torch.int64, device=device)
+        rows_N[batch.student_at_M.to(device)] = torch.arange(len(batch.student_at_M), device=device)
+        return Teacher(output.hidden.flatten(0, 1)[batch.teacher_at_M.to(device)], head_VC, rows_N)
+
+
+def shared_vocab_size(student: Tokenizer, teacher: Tokenizer) -> int:
+    """How many ids, from 0 on, stand for the same token in both vocabularies; the student's thought tokens end it.
+
+    Raises:
+        UserError: an id below that stands for different tokens.
+    """
+    size = min(student.vocab_size, teacher.vocab_size, *(student.thought_ids or ()))
+    for index in range(size):
+        ours, theirs = student.token_bytes(index), teacher.token_bytes(index)
+        if ours != theirs:
+            raise UserError(
+                f"the vocabularies differ: id {index} is {ours.decode(errors='replace')!r} for the student and "
+                f"{theirs.decode(errors='replace')!r} for the teacher; choose a teacher with the student's tokenizer"
+            )
+    return size
