@@ -1,0 +1,419 @@
+"""The command itself: a whole run, a killed run, several processes, and the user's mistakes."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+import train_distill
+from litgpt import rundir
+from litgpt.checkpoint import load_state, read_provenance
+from litgpt.data import PackedLoader
+from litgpt.recipe import DataSettings, LossSettings, OptimSettings, RunSettings, Settings, lr_at
+from litgpt.tokenizer import Tokenizer
+from litgpt.utils import UserError, run_cli
+from tests.world import World, make_world
+from train_distill import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def flags(world: World, out_dir: Path, **changes: Any) -> list[str]:
+    settings = {
+        "student": world.student,
+        "teacher": world.teacher,
+        "out_dir": out_dir,
+        "data.train": world.train,
+        "data.val": world.val,
+        "data.max_seq_length": 320,
+        "data.micro_batch_size": 1,
+        "loss.cka_every": 1,
+        "optim.steps": STEPS,
+        "optim.accumulation": 2,
+        "optim.lr": 0.01,
+        "run.accelerator": "cpu",
+        "run.log_every": 1,
+        "run.val_every": 3,
+        "run.save_every": 1,
+    }
+    return [f"--{name}={value}" for name, value in (settings | changes).items() if value is not None]
+
+
+def command(world: World, out_dir: Path, **changes: Any) -> list[str]:
+    return [sys.executable, str(ROOT / "train_distill.py"), *flags(world, out_dir, **changes)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def trained(out_dir: Path) -> dict[str, Tensor]:
+    return load_state(out_dir / "final")
+
+
+def lines(out_dir: Path) -> list[dict[str, str]]:
+    with (out_dir / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run, in a process of its own: the one that a killed run must equal."""
+    out_dir = tmp_path_factory.mktemp("run") / "whole"
+    subprocess.run(command(world, out_dir), env=environment(), check=True, timeout=300)
+    return out_dir
+
+
+def test_a_run_leaves_everything_the_next_rooms_need(world: World, finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {
+        *("hyperparameters.yaml", "metrics.csv", "tensorboard", "report", "final"),
+        *(f"step-{step:06d}" for step in (STEPS - 2, STEPS - 1)),
+    }
+    report = json.loads((finished / "report" / "metrics.json").read_text(encoding="utf-8"))
+    assert report["before"]["step"] == 0 and report["after"]["step"] == STEPS
+    assert report["after"]["answer_ce"] < report["before"]["answer_ce"]
+    assert all(value == pytest.approx(1, abs=1e-6) for value in report["before"]["cka"].values())
+    assert set(report["after"]["expert_load"]) == {"0", "1"}
+    steps = [int(line["step"]) for line in lines(finished)]
+    assert steps == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+    settings = yaml.safe_load((finished / "hyperparameters.yaml").read_text(encoding="utf-8"))
+    assert settings["base"] == str(world.base)
+    assert settings["run"]["precision"] == "32-true"
+    distilled = read_provenance(finished / "final")["distilled"]
+    assert distilled["settings"] == settings
+    assert len(distilled["train_sha256"]) == 64
+    assert Tokenizer(finished / "final").thought_ids == Tokenizer(world.student).thought_ids
+
+
+def test_everything_but_routers_experts_and_thought_rows_is_bit_identical(world: World, finished: Path) -> None:
+    before, after = load_state(world.student), trained(finished)
+    rows = list(Tokenizer(world.student).thought_ids or ())
+    assert set(before) == set(after)
+    for name, tensor in before.items():
+        if ".mlp." in name:
+            assert not torch.equal(tensor, after[name])
+        elif name in ("transformer.wte.weight", "lm_head.weight"):
+            differing = (tensor != after[name]).any(1).nonzero().flatten().tolist()
+            assert differing == rows
+        else:
+            assert torch.equal(tensor, after[name])
+    report = json.loads((finished / "report" / "metrics.json").read_text(encoding="utf-8"))
+    assert report["frozen"] == {"compared": report["frozen"]["identical"], "identical": 15, "changed": []}
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_bit_identical_weights(world: World, finished: Path, tmp_path: Path) -> None:
+    out_dir = tmp_path / "killed"
+    moment = random.Random(os.getpid())
+    kills = 0
+    deadline = time.monotonic() + 240
+    while not (out_dir / "final").exists():
+        assert time.monotonic() < deadline
+        known = len(rundir.checkpoints(out_dir)) and rundir.checkpoints(out_dir)[-1].name
+        process = subprocess.Popen(command(world, out_dir), env=environment())
+        if kills < 2:
+            # Once a new checkpoint is there it is amid steps, validations and saves of a few milliseconds each.
+            while process.poll() is None and (
+                not rundir.checkpoints(out_dir) or rundir.checkpoints(out_dir)[-1].name == known
+            ):
+                time.sleep(0.005)
+            time.sleep(moment.uniform(0, 0.1))
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait(timeout=200)
+        if kills == 2 and not (out_dir / "final").exists():
+            # What a kill amid a save leaves behind must not disturb the next start.
+            (out_dir / ".step-000099.1.tmp").mkdir(exist_ok=True)
+    assert kills >= 1
+    expected, found = trained(finished), trained(out_dir)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert lines(out_dir) == lines(finished)
+    assert not list(out_dir.glob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_twice_the_accumulation(world: World, tmp_path: Path) -> None:
+    common = {"loss.cka_weight": 0.0, "optim.steps": 2, "run.save_every": 100}
+    one, two = tmp_path / "one", tmp_path / "two"
+    for out_dir, changes in ((one, {}), (two, {"run.devices": 2, "run.strategy": "ddp", "optim.accumulation": 1})):
+        subprocess.run(command(world, out_dir, **common, **changes), env=environment(), check=True, timeout=300)
+    first, second = lines(one), lines(two)
+    assert [line["step"] for line in first] == [line["step"] for line in second]
+    for line, other in zip(first, second, strict=True):
+        for name, value in line.items():
+            if value and name != "cka":
+                assert float(value) == pytest.approx(float(other[name]), rel=1e-4), (line["step"], name)
+    for name, tensor in trained(one).items():
+        torch.testing.assert_close(trained(two)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def make_trainer(world: World, out_dir: Path, **changes: Any) -> Trainer:
+    settings = Settings(
+        student=world.student,
+        teacher=world.teacher,
+        base=world.base,
+        out_dir=out_dir,
+        data=DataSettings(world.train, world.val, max_seq_length=320, micro_batch_size=1),
+        loss=LossSettings(),
+        optim=OptimSettings(steps=2, accumulation=2),
+        run=RunSettings(accelerator="cpu"),
+        resume="auto",
+        overwrite=False,
+        seed=1,
+    )
+    for name, value in changes.items():
+        group, _, field = name.partition("__")
+        target = getattr(settings, group) if field else settings
+        setattr(target, field or group, value)
+    return Trainer(settings)
+
+
+@pytest.mark.parametrize("split", [(4, 1), (2, 2), (1, 4)])
+def test_a_step_does_not_depend_on_how_its_rows_are_cut(
+    world: World, tmp_path: Path, split: tuple[int, int], request: pytest.FixtureRequest
+) -> None:
+    size, accumulation = split
+    trainer = make_trainer(
+        world,
+        tmp_path,
+        data__micro_batch_size=size,
+        optim__accumulation=accumulation,
+        optim__clip=1e9,
+        loss__cka_weight=0.0,
+        run__precision="32-true",
+    )
+    gradients: dict[str, Tensor] = {}
+
+    def keep() -> None:
+        named = trainer.distiller.named_parameters()
+        gradients.update({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    trainer.optimizer.step = keep
+    metrics = trainer._train_step(trainer.loader.forever())
+    key = "test_train_distill/step"
+    cache = request.config.stash.setdefault(STASH, {})
+    reference = cache.setdefault(key, (metrics, gradients))
+    for name in ("loss", "ce", "kd", "balance", "grad_norm", "tokens", "expert_max_over_mean"):
+        assert metrics[name] == pytest.approx(reference[0][name], rel=1e-4), name
+    assert set(gradients) == set(reference[1])
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, reference[1][name], rtol=1e-3, atol=1e-5)
+
+
+STASH: pytest.StashKey[dict[str, Any]] = pytest.StashKey()
+
+
+def test_bf16_autocast_trains_and_keeps_fp32_weights(world: World, tmp_path: Path) -> None:
+    trainer = make_trainer(world, tmp_path, run__precision="bf16-mixed")
+    before = trainer._validate()
+    metrics = trainer._train_step(trainer.loader.forever())
+    assert metrics["loss"] == pytest.approx(
+        0.5 * metrics["ce"] + 0.5 * metrics["kd"] + 0.01 * metrics["balance"], rel=1e-3
+    )
+    assert before["cka"]["1"] == pytest.approx(1, abs=1e-4)
+    assert all(p.dtype == torch.float32 for p in trainer.distiller.parameters())
+
+
+def test_weight_decay_is_for_matrices_alone(world: World, tmp_path: Path) -> None:
+    trainer = make_trainer(world, tmp_path)
+    decayed, kept = trainer.optimizer.param_groups
+    assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
+    assert [p.shape for p in kept["params"]] == [(2, 32)]
+    assert sum(p.numel() for p in decayed["params"]) == 2 * (4 * 32 + 4 * 3 * 64 * 32)
+
+
+def test_without_kd_no_teacher_is_needed(world: World, tmp_path: Path) -> None:
+    trainer = make_trainer(world, tmp_path, teacher=tmp_path / "nowhere", loss__kd_weight=0.0)
+    assert trainer._validate()["kd_kl"] is None
+    assert trainer._train_step(trainer.loader.forever())["kd"] == 0
+
+
+def fails(capsys: pytest.CaptureFixture[str], args: list[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        run_cli(train_distill.distill, args=args)
+    assert exit_.value.code == 2
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1 and complaint.startswith("error: ")
+    return complaint
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"student": "nowhere"}, "nowhere does not exist; run first: python scripts/upcycle_moe.py"),
+        ({"teacher": "nowhere"}, "nowhere does not exist"),
+        ({"base": "nowhere"}, "nowhere does not exist"),
+        ({"data.train": "nowhere.jsonl"}, "no file nowhere.jsonl"),
+        ({"data.max_seq_length": 4096}, "data.max_seq_length is 4096, and the student reads at most 512 tokens"),
+        ({"data.max_seq_length": 12}, "fits into 12 tokens"),
+        ({"optim.accumulation": 0}, "optim: accumulation, steps and epochs must be positive"),
+        ({"run.devices": 0}, "run: devices"),
+        ({"resume": "nowhere"}, "nowhere holds no state.pth: --resume takes auto, none or a step-NNNNNN directory"),
+        ({"loss.teacher_view": "native"}, "loss.teacher_view"),
+        ({"loss.unknown": 1}, "loss.unknown"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], complaint: str
+) -> None:
+    out_dir = tmp_path / "out"
+    assert complaint in fails(capsys, flags(world, out_dir, **change))
+    assert not out_dir.exists()
+
+
+def test_a_dense_student_and_a_foreign_vocabulary_are_refused(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out_dir = tmp_path / "out"
+    assert "is dense" in fails(capsys, flags(world, out_dir, student=world.base, base=world.base))
+    other = shutil.copytree(world.teacher, tmp_path / "other")
+    pipeline = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = pipeline["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(pipeline), encoding="utf-8")
+    assert "the vocabularies differ: id 0" in fails(capsys, flags(world, out_dir, teacher=other))
+    assert not out_dir.exists()
+
+
+def test_a_record_without_an_answer_is_named_by_file_and_line(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "val.jsonl"
+    path.write_text(
+        world.val.read_text(encoding="utf-8") + '{"id": "x", "messages": [{"role": "user", "content": "a"}]}\n',
+        encoding="utf-8",
+    )
+    complaint = fails(capsys, flags(world, tmp_path / "out", **{"data.val": path}))
+    assert f"{path}:5: no assistant turn" in complaint
+
+
+def test_a_finished_run_is_not_overwritten_unless_told(
+    world: World, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out_dir = shutil.copytree(finished, tmp_path / "run")
+    (out_dir / "notes.txt").write_text("mine", encoding="utf-8")
+    complaint = fails(capsys, flags(world, out_dir))
+    assert "holds a finished run" in complaint and "--overwrite true" in complaint
+    run_cli(train_distill.distill, args=flags(world, out_dir, overwrite=True, **{"optim.steps": 2}))
+    assert [path.name for path in rundir.checkpoints(out_dir)] == ["step-000001"]
+    assert (out_dir / "notes.txt").read_text(encoding="utf-8") == "mine"
+    assert [int(line["step"]) for line in lines(out_dir)] == [0, 1, 2, 2]
+
+
+def test_an_unfinished_run_is_neither_mixed_nor_continued_with_other_settings(
+    world: World, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out_dir = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(out_dir / "final")
+    assert "holds an unfinished run at step-000005" in fails(capsys, flags(world, out_dir, resume="none"))
+    complaint = fails(capsys, flags(world, out_dir, **{"optim.lr": 0.02}))
+    assert "was started with optim.lr 0.01, now it is 0.02" in complaint
+    elsewhere = tmp_path / "elsewhere"
+    earlier = out_dir / f"step-{STEPS - 2:06d}"
+    run_cli(train_distill.distill, args=flags(world, elsewhere, resume=earlier, **{"run.val_every": 100}))
+    expected, found = trained(finished), trained(elsewhere)
+    assert all(torch.allclose(tensor, found[name], atol=1e-6) for name, tensor in expected.items())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_records(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steep = {"optim.lr": 1e30, "optim.warmup": 0.0, "run.val_every": 100}
+    complaint = fails(capsys, flags(world, tmp_path / "out", **steep))
+    assert "step 2: the loss is no longer finite" in complaint
+    assert "train-" in complaint
+    assert [path.name for path in rundir.checkpoints(tmp_path / "out")] == ["step-000001"]
+
+
+def test_a_save_that_fails_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rundir.save_checkpoint(tmp_path, 1, {"step": 1})
+    write = torch.save
+
+    def half(state: Any, path: Path) -> None:
+        write(state, path)
+        path.write_bytes(path.read_bytes()[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="No space"):
+        rundir.save_checkpoint(tmp_path, 2, {"step": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    assert rundir.load_checkpoint(rundir.checkpoints(tmp_path)[-1]) == {"step": 1}
+
+
+def test_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (5, 10, 1_000_000, 999_999):
+        rundir.save_checkpoint(tmp_path, step, {"step": step})
+    assert [path.name for path in rundir.checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
+
+
+def test_random_states_come_back(tmp_path: Path) -> None:
+    rundir.save_checkpoint(tmp_path, 1, {"rng": rundir.rng_state()})
+    import numpy as np
+
+    drawn = (random.random(), np.random.rand(), torch.rand(3))
+    rundir.set_rng_state(rundir.load_checkpoint(tmp_path / "step-000001")["rng"])
+    again = (random.random(), np.random.rand(), torch.rand(3))
+    assert drawn[:2] == again[:2] and torch.equal(drawn[2], again[2])
+
+
+def test_learning_rate_rises_linearly_and_falls_to_its_minimum() -> None:
+    optim = OptimSettings(lr=1.0, min_lr=0.1, warmup=0.1)
+    rates = [lr_at(step, 100, optim) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == 1.0 and rates[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert lr_at(0, 1, OptimSettings(lr=1.0, min_lr=0.1, warmup=0.0)) == 1.0
+
+
+def test_a_changed_frozen_tensor_is_found() -> None:
+    source = {"transformer.wte.weight": torch.zeros(4, 2), "a.attn.proj.weight": torch.zeros(2, 2)}
+    state = {name: tensor.clone() for name, tensor in source.items()}
+    state["transformer.wte.weight"][3] = 1
+    assert train_distill.compare_frozen(state, source, [3])["changed"] == []
+    assert train_distill.compare_frozen(state, source, [2])["changed"] == ["transformer.wte.weight"]
+    state["a.attn.proj.weight"][0, 0] = -0.0
+    assert train_distill.compare_frozen(state, source, [3])["changed"] == ["a.attn.proj.weight"]
+
+
+def test_a_base_that_nothing_names_must_be_given(world: World, tmp_path: Path) -> None:
+    student = shutil.copytree(world.student, tmp_path / "student")
+    with pytest.raises(UserError, match="Tiny is not there, the dense model that"):
+        train_distill.base_of(student)
+    (student / "provenance.yaml").write_text("tie_embeddings: true\n", encoding="utf-8")
+    with pytest.raises(UserError, match="give it with --base"):
+        train_distill.base_of(student)
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").rglob("distill.yaml")), ids=str)
+def test_the_shipped_configs_are_accepted(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    complaint = fails(capsys, ["--config", str(config), "--student", str(tmp_path / "nowhere")])
+    assert "nowhere does not exist" in complaint
+
+
+def test_two_epochs_of_a_loader_make_the_steps(world: World, tmp_path: Path) -> None:
+    trainer = make_trainer(world, tmp_path, optim__steps=None, optim__epochs=2.0)
+    assert isinstance(trainer.loader, PackedLoader)
+    assert trainer.steps == len(trainer.loader)
