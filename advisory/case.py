@@ -6,10 +6,11 @@ in code and shown as words ("नाइट्रोजन कम"), because a sma
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from advisory.knowledge import Crop, Stage
+from advisory.knowledge import Crop, Knowledge, Stage
 from litgpt.utils import UserError
 
 UNKNOWN_HI = "पता नहीं"
@@ -46,9 +47,9 @@ WEATHERS: Mapping[str, Weather] = {
 class SoilReading:
     """A parameter of the Soil Health Card and the limits that rate it.
 
-    Limits differ by state; these are the common ones, for what a number says about one field. `low` and `high` are in the
-    card's own unit. No page was read yet that states those of P, K, Fe, Mn and Cu: nothing that a farmer reads may rest
-    on these five numbers before one is. The dialogues name only the rating ("पोटाश कम"), which a card prints itself.
+    Limits differ by state; these are the common ones. `low` and `high` are in the card's own unit. No page was read yet
+    that states those of P, K, Fe, Mn and Cu: nothing that a farmer reads may rest on these five numbers before one is.
+    The dialogues name only the rating ("पोटाश कम"), which a card prints itself.
     """
 
     key: str
@@ -176,3 +177,21 @@ class FarmCase:
         stage = self.stage(crop) if crop else None
         first = ", ".join([name, age, *([stage.name_hi] if stage else [])])
         return f"फसल: {first}\nमौसम: {self.weather_hi()}\nमिट्टी: {self.soil_hi()}"
+
+
+# "60 दिन", "60-दिन", "60 din", "60 days"; \d takes Devanagari digits as well.
+_AGE_DAYS = re.compile(r"(?<!\d)(\d{1,3})[\s-]*(?:दिन|din\b|days?\b)", re.IGNORECASE)
+
+
+def with_case_lines(question: str, knowledge: Knowledge) -> str:
+    """A farmer's question followed by the three case lines that say what was understood of it.
+
+    Crop and age are read from the words; weather and soil are said to be unknown. A question without a crop we know, or
+    with case lines of its own, stays as it is.
+    """
+    crop = knowledge.crop_named(question)
+    if crop is None or "\n" in question:
+        return question
+    age = _AGE_DAYS.search(question)
+    case = FarmCase(crop=crop.id, age_days=int(age[1]) if age else None)
+    return f"{question}\n{case.render(crop)}"

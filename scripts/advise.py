@@ -8,7 +8,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from advisory.advisor import DISCLAIMER_HI, MAX_QUESTION_CHARACTERS, Advisor, clean_question, default_checkpoint
+from advisory.case import with_case_lines
+from advisory.knowledge import load_knowledge
 from litgpt.utils import UserError, parse_dtype, run_cli
+
+KNOWLEDGE = Path(__file__).resolve().parents[1] / "data" / "knowledge"
 
 THOUGHT_HEADER_HI = "सोच:"
 ANSWER_HEADER_HI = "सलाह:"
@@ -30,7 +34,8 @@ def advise(
 ) -> None:
     """Ask the crop adviser one question, for instance "गेहूं के पत्तों पर पीली धारियां हैं, क्या करूं?".
 
-    The answer goes to stdout, everything else to stderr.
+    Crop and age are read from the words and told to the model as lines of their own, as in its training. The answer
+    goes to stdout, everything else to stderr.
 
     Args:
         question: the question, or - to read it from stdin.
@@ -60,6 +65,7 @@ def advise(
         dtype=parse_dtype(dtype) if dtype is not None else None,
     )
 
+    question = with_case_lines(question, load_knowledge(KNOWLEDGE))
     printed: set[str] = set()
     for piece in advisor.stream(question):
         if piece.kind == "cut":

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from advisory import compose
-from advisory.case import WEATHERS, FarmCase
+from advisory.case import WEATHERS, FarmCase, with_case_lines
 from advisory.dataset import HELD_OUT_QUESTION, SPLITS, build_splits, check_splits
 from advisory.knowledge import DOSE, Knowledge, Problem, load_knowledge
 from litgpt.utils import UserError
@@ -270,3 +270,18 @@ def test_wrong_arguments_are_one_line(tmp_path: Path) -> None:
         assert message in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("question", "lines"),
+    [
+        ("गेहूं के पत्तों पर पीले धब्बे हैं, फसल 60 दिन की है", ["फसल: गेहूं, 60 दिन, गांठ बनना", "मौसम: पता नहीं", "मिट्टी: पता नहीं"]),
+        ("गेहूं की फसल ६० दिन की है", ["फसल: गेहूं, 60 दिन, गांठ बनना", "मौसम: पता नहीं", "मिट्टी: पता नहीं"]),
+        ("Meri gehu ki fasal 60 din ki hai", ["फसल: गेहूं, 60 दिन, गांठ बनना", "मौसम: पता नहीं", "मिट्टी: पता नहीं"]),
+        ("धान में धब्बे हैं", ["फसल: धान, उम्र पता नहीं", "मौसम: पता नहीं", "मिट्टी: पता नहीं"]),
+        ("पत्ते पीले हैं, 60 दिन हुए", []),
+        ("गेहूं पीला है\nफसल: गेहूं, 10 दिन", ["फसल: गेहूं, 10 दिन"]),
+    ],
+)  # fmt: skip
+def test_what_a_question_says_of_the_case(knowledge: Knowledge, question: str, lines: list[str]) -> None:
+    assert with_case_lines(question, knowledge).splitlines()[1:] == lines

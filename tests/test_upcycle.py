@@ -338,6 +338,19 @@ class TestProof:
         torch.save(state, moe_dir / "lit_model.pth")
         assert prove(pair.dense, moe_dir).exact
 
+    def test_float64_alone(self, dense_dir: Path, tmp_path: Path) -> None:
+        made = upcycle(dense_dir, tmp_path / "moe", n_expert=2, proof_dtype="float64")
+        assert [proof.dtype for proof in made.proofs] == ["float64"] and made.proofs[0].exact
+
+    def test_the_number_of_threads_is_given_back(self, pair: Pair) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(3)
+        try:
+            prove(pair.dense, pair.moe, texts=SAMPLE_TEXTS[:1])
+            assert torch.get_num_threads() == 3
+        finally:
+            torch.set_num_threads(threads)
+
     def test_float64_decides_where_float32_is_beyond_its_bounds(
         self, dense_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
