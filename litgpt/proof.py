@@ -7,6 +7,7 @@ check includes the other: a flipped low bit of one weight drowns in rounding, an
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Collection, Iterator, Sequence
@@ -85,6 +86,18 @@ class Proof:
         return text
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one thread: a hundred tokens keep no more busy, and on a full machine they wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 @torch.inference_mode()
 def prove(
     dense_dir: str | os.PathLike[str],

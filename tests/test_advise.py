@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from advisory import advisor as advisor_module
 from advisory.advisor import DISCLAIMER_HI, MAX_QUESTION_CHARACTERS, Advisor, Piece, clean_question
+from advisory.case import with_case_lines
 from advisory.compose import SYSTEM_HI
+from advisory.knowledge import load_knowledge
 from litgpt.chat import Message, render
 from litgpt.checkpoint import save_lit_dir
 from litgpt.config import Config
@@ -72,16 +74,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same mixture of experts after it has learnt one dialogue by heart."""
+    """The same mixture of experts after it has learnt one dialogue by heart, as typed and with its case lines."""
     advisor = Advisor(checkpoint, device="cpu")
-    idx_BT = torch.tensor([training_ids(advisor, THOUGHT)])
+    questions = (QUESTION, with_case_lines(clean_question(QUESTION), load_knowledge(ROOT / "data" / "knowledge")))
+    assert questions[1].splitlines()[1:] == ["फसल: गेहूं, उम्र पता नहीं", "मौसम: पता नहीं", "मिट्टी: पता नहीं"]
+    learnt = [torch.tensor([training_ids(advisor, THOUGHT, question)]) for question in questions]
     optimizer = torch.optim.Adam(advisor.model.parameters(), lr=1e-2)
     for _ in range(60):
-        logits = advisor.model(idx_BT[:, :-1]).logits
-        assert logits is not None
-        loss = F.cross_entropy(logits[0], idx_BT[0, 1:])
         optimizer.zero_grad()
-        loss.backward()
+        for idx_BT in learnt:
+            logits = advisor.model(idx_BT[:, :-1]).logits
+            assert logits is not None
+            F.cross_entropy(logits[0], idx_BT[0, 1:]).backward()
         optimizer.step()
     directory = tmp_path_factory.mktemp("trained") / "lit"
     model = advisor.model
@@ -133,13 +137,13 @@ def scripted(advisor: Advisor, *parts: str | int) -> ScriptedModel:
     return model
 
 
-def training_ids(advisor: Advisor, thought: str | None) -> list[int]:
+def training_ids(advisor: Advisor, thought: str | None, question: str = QUESTION) -> list[int]:
     answered: Message = {"role": "assistant", "content": ANSWER}
     if thought is not None:
         answered["thought"] = thought
     messages: list[Message] = [
         {"role": "system", "content": SYSTEM_HI},
-        {"role": "user", "content": clean_question(QUESTION)},
+        {"role": "user", "content": clean_question(question)},
         answered,
     ]
     return render(messages, advisor.tokenizer, tags=advisor.tags).ids[:-1]  # without the last line break

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from world import World, make_model, make_world
 
 from eval_cka import compare, shared_tokenizer
 from litgpt.chat import Span
 from litgpt.checkpoint import load_model
 from litgpt.data import PackedLoader, read_records
 from litgpt.utils import UserError
+from tests.world import World, make_model, make_world
 
 ROOT = Path(__file__).parents[1]
 ALL = {Span.PROMPT, Span.THOUGHT, Span.ANSWER}
@@ -125,6 +125,6 @@ def test_damaged_weights_are_named(world: World) -> None:
     model_a, model_b = load_model(world.base), load_model(world.student)
     loader = _loader(world)
     with torch.no_grad():
-        model_b.transformer.h[1].norm_1.weight.fill_(float("nan"))
+        dict(model_b.named_parameters())["transformer.h.1.norm_1.weight"].fill_(float("nan"))
     with pytest.raises(UserError, match="layer 1"):
         compare(model_a, model_b, loader, keep_spans=ALL, map_rows=50)

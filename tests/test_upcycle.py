@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import litgpt.proof
 from litgpt.checkpoint import convert_lit_to_hf, load_model, read_provenance, save_lit_dir
 from litgpt.config import Config
 from litgpt.model import GPT, LLaMAMoE, Routing
-from litgpt.proof import SAMPLE_TEXTS, prove
+from litgpt.proof import SAMPLE_TEXTS, Proof, prove
 from litgpt.tensorfile import LitWriter
 from litgpt.tokenizer import Tokenizer
 from litgpt.upcycle import default_out_dir, upcycle
@@ -164,6 +164,7 @@ class TestThoughtTokens:
         old, new = Tokenizer(dense_dir), Tokenizer(tmp_path / "moe")
         assert made.thought_ids == new.thought_ids == (old.vocab_size, old.vocab_size + 1)
         assert new.encode("<thought>", special=True) == [old.vocab_size]
+        assert "<thought>" in (new.chat_template or "")
         assert old.think_ids is not None and old.thought_ids is None
         dense, moe = stored(dense_dir), stored(tmp_path / "moe")
         for name in (EMBED, HEAD):
@@ -302,12 +303,20 @@ class TestProof:
         assert proof.n_tokens == len(a)
         assert proof.changed == ("transformer.h.1.mlp.experts.2.proj.weight",) and not proof.exact
 
-    def test_vocabulary_is_compared_in_slices(self, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-        whole = prove(pair.dense, pair.moe, dtype=torch.float64)
-        monkeypatch.setattr(litgpt.proof, "ROWS_AT_A_TIME", 37)
-        sliced = prove(pair.dense, pair.moe, dtype=torch.float64)
-        assert sliced.top1_agreement == whole.top1_agreement == 1.0
-        assert sliced.max_abs_diff < 1e-13 and sliced.kl < 1e-14 and sliced.changed == ()
+    @pytest.mark.parametrize("rows", [1, 37])
+    def test_vocabulary_is_compared_in_slices(
+        self, pair: Pair, tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        moe_dir = shutil.copytree(pair.moe, tmp_path / "moe")
+        state = stored(moe_dir)
+        state["transformer.h.0.mlp.experts.1.fc_1.weight"].mul_(1.3)
+        torch.save(state, moe_dir / "lit_model.pth")
+        whole = prove(pair.dense, moe_dir, dtype=torch.float64)
+        monkeypatch.setattr(litgpt.proof, "ROWS_AT_A_TIME", rows)
+        sliced = prove(pair.dense, moe_dir, dtype=torch.float64)
+        for figure in ("max_abs_diff", "kl", "kl_max"):
+            assert getattr(sliced, figure) == pytest.approx(getattr(whole, figure), rel=1e-9)
+        assert 0.0 < sliced.top1_agreement == whole.top1_agreement < 1.0
 
     @pytest.mark.parametrize(
         ("name", "row"),
@@ -337,6 +346,25 @@ class TestProof:
         state["transformer.h.0.mlp.gate.weight"] += 1
         torch.save(state, moe_dir / "lit_model.pth")
         assert prove(pair.dense, moe_dir).exact
+
+    def test_rows_that_both_tokenizers_know_do_count(self, dense_dir: Path, tmp_path: Path) -> None:
+        tokenizer = Tokenizer(dense_dir)
+        first, _ = tokenizer.add_thought_tokens(448)
+        tokenizer.save(dense_dir)
+        upcycle(dense_dir, tmp_path / "moe", n_expert=2)
+        state = stored(tmp_path / "moe")
+        flip_bit(state[EMBED], first, 0)
+        torch.save(state, tmp_path / "moe" / "lit_model.pth")
+        assert prove(dense_dir, tmp_path / "moe").changed == (EMBED,)
+
+    def test_exact(self) -> None:
+        proof = Proof("float32", 9, max_abs_diff=1e-4, kl=1e-9, kl_max=1e-8, top1_agreement=1.0)
+        assert proof.exact
+        assert not replace(proof, changed=("transformer.ln_f.weight",)).exact
+        assert not replace(proof, kl=2e-9).exact and not replace(proof, top1_agreement=0.99).exact
+        assert not replace(proof, kl=float("nan")).exact
+        assert not replace(proof, dtype="float64").exact
+        assert replace(proof, dtype="float64", max_abs_diff=1e-10).exact
 
     def test_float64_alone(self, dense_dir: Path, tmp_path: Path) -> None:
         made = upcycle(dense_dir, tmp_path / "moe", n_expert=2, proof_dtype="float64")
@@ -437,10 +465,14 @@ class TestRefusals:
         with pytest.raises(UserError, match="already"):
             upcycle(pair.moe, tmp_path / "moe")
 
-    def test_family_without_a_moe_form(self, tmp_path: Path) -> None:
+    def test_family_without_a_moe_form_is_refused_only_at_export(self, tmp_path: Path) -> None:
         dense_dir = build_dense(tmp_path / "dense", norm_qk=False, attn_bias=True, name="Qwen2-tiny")
+        made = upcycle(dense_dir, tmp_path / "moe", n_expert=2)
+        assert made.proofs[0].exact
+        assert not (tmp_path / "moe" / "config.json").exists()
         with pytest.raises(UserError, match="no Hugging Face family"):
-            upcycle(dense_dir, tmp_path / "moe")
+            convert_lit_to_hf(tmp_path / "moe", tmp_path / "hf")
+        assert not (tmp_path / "hf").exists()
 
     def test_source_not_converted(self, dense_dir: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"does not exist; run first.*convert_hf_checkpoint"):
