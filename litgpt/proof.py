@@ -7,11 +7,11 @@ check includes the other: a flipped low bit of one weight drowns in rounding, an
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from litgpt.tensorfile import LitReader
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError, progress
 
-__all__ = ["Proof", "check_tensors", "prove", "twin"]
+__all__ = ["SAMPLE_TEXTS", "Proof", "Sample", "check_tensors", "prove", "prove_on", "twin"]
 
 SAMPLE_TEXTS = (
     "धान की नर्सरी में बीज बोने से पहले खेत को समतल करें और पानी निकलने का रास्ता बना लें।",
@@ -86,19 +86,6 @@ class Proof:
         return text
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread: a hundred tokens keep no more busy, and on a full machine they wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
-@torch.inference_mode()
 def prove(
     dense_dir: str | os.PathLike[str],
     moe_dir: str | os.PathLike[str],
@@ -121,7 +108,25 @@ def prove(
         UserError: a directory is incomplete, the two are not of one shape, or the dense model's output is not finite.
         ValueError: there is no text.
     """
-    sample = _Sample.of(dense_dir, moe_dir, texts)
+    dense_dir, moe_dir = require_lit_dir(dense_dir), require_lit_dir(moe_dir)
+    known = Tokenizer(dense_dir)
+    sample = Sample.of(known, texts, Config.from_checkpoint(dense_dir).block_size)
+    added = set(Tokenizer(moe_dir).thought_ids or ()) - set(known.thought_ids or ())
+    del known  # Qwen3's takes 100 MB
+    return prove_on(sample, dense_dir, moe_dir, dtype=dtype, added=added)
+
+
+@torch.inference_mode()
+def prove_on(
+    sample: Sample, dense_dir: Path, moe_dir: Path, *, dtype: torch.dtype, added: Collection[int] = ()
+) -> Proof:
+    """`prove`, for who has read the tokenizers already.
+
+    Args:
+        sample: tokens of the dense model's tokenizer.
+        dense_dir, moe_dir, dtype: as in `prove`.
+        added: vocabulary rows that only the MoE's tokenizer knows; they may differ.
+    """
     dense, moe = _Streamed(dense_dir, dtype), _Streamed(moe_dir, dtype)
     expected = dense.config.upcycled(moe.config.n_expert, moe.config.n_expert_per_token)
     for key in ("name", "hf_config", "vocab_size"):
@@ -133,41 +138,35 @@ def prove(
         raise UserError(
             f"{dense.reader.path} gives numbers that are not finite, its weights are broken; convert it again"
         )
-    changed += _compare_rows(dense, moe, sample.added)
-    figures = _compare_logits(dense, h_dense_ND, moe, h_moe_ND, sample.vocabulary)
+    changed += _compare_rows(dense, moe, added)
+    vocabulary = min(sample.vocabulary, dense.config.padded_vocab_size)
+    figures = _compare_logits(dense, h_dense_ND, moe, h_moe_ND, vocabulary)
     return Proof(dense.dtype_name, len(h_dense_ND), *figures, changed=tuple(dict.fromkeys(changed)))
 
 
-class _Sample(NamedTuple):
-    """What a proof reads. The tokenizers are not kept: Qwen3's takes 100 MB."""
+class Sample(NamedTuple):
+    """What both models read, and which of their answers count."""
 
     ids_BT: Tensor
     documents_BT: Tensor
     """The number of the text that each token is from."""
     vocabulary: int
-    """How many ids the dense model's tokenizer knows."""
-    added: Collection[int]
-    """Ids that only the MoE's tokenizer knows."""
+    """How many ids the dense model's tokenizer knows: logits of padding rows mean nothing."""
 
     @classmethod
-    def of(cls, dense_dir: str | os.PathLike[str], moe_dir: str | os.PathLike[str], texts: Sequence[str]) -> _Sample:
-        config = Config.from_checkpoint(require_lit_dir(dense_dir))
-        known = Tokenizer(dense_dir)
-        documents = [known.encode(text)[: min(MAX_TOKENS_PER_TEXT, config.block_size)] for text in texts]
+    def of(cls, tokenizer: Tokenizer, texts: Sequence[str], block_size: int) -> Sample:
+        documents = [tokenizer.encode(text)[: min(MAX_TOKENS_PER_TEXT, block_size)] for text in texts]
         ids = [index for document in documents for index in document]
         if not ids:
             raise ValueError("a proof needs at least one token of text")
         numbers = [number for number, document in enumerate(documents) for _ in document]
-        added = set(Tokenizer(require_lit_dir(moe_dir)).thought_ids or ()) - set(known.thought_ids or ())
-        vocabulary = min(known.vocab_size, config.padded_vocab_size)
-        return cls(torch.tensor([ids]), torch.tensor([numbers]), vocabulary, added)
+        return cls(torch.tensor([ids]), torch.tensor([numbers]), tokenizer.vocab_size)
 
 
 class _Streamed:
     """A model on disk that is read piece by piece, and cast."""
 
-    def __init__(self, directory: str | os.PathLike[str], dtype: torch.dtype) -> None:
-        directory = require_lit_dir(directory)
+    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
         self.config = Config.from_checkpoint(directory)
         self.reader = LitReader(directory)
         self.dtype, self.dtype_name = dtype, str(dtype).removeprefix("torch.")
@@ -180,15 +179,22 @@ class _Streamed:
             block = Block(self.config).to(self.dtype)
         return block.to_empty(device="cpu")
 
-    def load(self, block: Block, layer: int) -> Iterator[tuple[BlockId, Tensor]]:
-        """Fill a block with the weights of one layer, and give each piece as it is stored."""
-        for piece, source in self.on_disk.rows.items():
+    def load(self, block: Block, layer: int) -> Iterator[tuple[Tensor, list[BlockId]]]:
+        """Fill a block with the weights of one layer; give each stored tensor once, with the pieces that it is.
+
+        Equal experts may be one tensor on disk.
+        """
+        pieces_of: dict[tuple[str, int, int], list[BlockId]] = {}
+        for piece, (name, start, stop) in self.on_disk.rows.items():
             if piece.layer == layer:
-                stored = self.reader.read_rows(*source)
+                pieces_of.setdefault((self.reader.aliases.get(name, name), start, stop), []).append(piece)
+        for source, pieces in pieces_of.items():
+            stored = self.reader.read_rows(*source)
+            for piece in pieces:
                 place = self._in_memory.rows[piece]
                 parameter = block.get_parameter(place.tensor.removeprefix(f"transformer.h.{layer}."))
                 flat_rows(parameter, place.start, place.stop).copy_(stored)
-                yield piece, stored
+            yield stored, pieces
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """The rows of the embedding, [B, T, D]."""
@@ -202,7 +208,7 @@ class _Streamed:
         return norm(x_BTD).flatten(0, 1)
 
 
-def _run(dense: _Streamed, moe: _Streamed, sample: _Sample) -> tuple[Tensor, Tensor, list[str]]:
+def _run(dense: _Streamed, moe: _Streamed, sample: Sample) -> tuple[Tensor, Tensor, list[str]]:
     """What the heads of both models read, [N, D], and the MoE's tensors whose bits are not the dense model's.
 
     One block of each model is refilled layer by layer; both are gone before the vocabulary needs their memory.
@@ -213,11 +219,11 @@ def _run(dense: _Streamed, moe: _Streamed, sample: _Sample) -> tuple[Tensor, Ten
     x_dense_BTD, x_moe_BTD = dense.embed(sample.ids_BT), moe.embed(sample.ids_BT)
     changed: list[str] = []
     for layer in progress(range(dense.config.n_layer), f"proving in {dense.dtype_name}", unit="layer"):
-        originals = dict(dense.load(dense_block, layer))
-        for piece, stored in moe.load(moe_block, layer):
-            original = originals.get(twin(piece))
-            if original is not None and not _same_bits(original, stored):
-                changed.append(moe.on_disk.rows[piece].tensor)
+        originals = {piece: stored for stored, pieces in dense.load(dense_block, layer) for piece in pieces}
+        for stored, pieces in moe.load(moe_block, layer):
+            twins = {twin(piece) for piece in pieces} & originals.keys()
+            differing = {original for original in twins if not _same_bits(originals[original], stored)}
+            changed += [moe.on_disk.rows[piece].tensor for piece in pieces if twin(piece) in differing]
         x_dense_BTD, _ = dense_block(x_dense_BTD, cos, sin, mask)
         x_moe_BTD, _ = moe_block(x_moe_BTD, cos, sin, mask)
 

@@ -15,13 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from litgpt.tensorfile import (
+    FileSink,
     Spec,
     check_announced,
     check_complete,
     check_free_disk,
     full_disk_is_users_error,
     read_bytes,
-    write_bytes,
 )
 from litgpt.utils import UserError
 
@@ -169,15 +169,15 @@ class HFWriter:
 
     def __enter__(self) -> HFWriter:
         check_free_disk(self.directory, sum(spec.nbytes for spec in self.specs.values()))
-        self._places: dict[str, tuple[int, int]] = {}
+        self._places: dict[str, tuple[FileSink, int]] = {}
         self._missing = set(self.specs)
         with contextlib.ExitStack() as undo, full_disk_is_users_error(self.directory):
             for file_name, names in zip(self.file_names, self._shards, strict=True):
-                descriptor = os.open(self.directory / file_name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-                undo.callback(os.close, descriptor)
+                sink = FileSink(self.directory / file_name, os.O_CREAT | os.O_TRUNC)
+                undo.callback(sink.close)
                 header, offsets = _encode_header({name: self.specs[name] for name in names})
-                os.pwrite(descriptor, header, 0)
-                self._places |= {name: (descriptor, offset) for name, offset in offsets.items()}
+                sink.write(0, header)
+                self._places |= {name: (sink, offset) for name, offset in offsets.items()}
             self._undo = undo.pop_all()
         return self
 
@@ -189,9 +189,9 @@ class HFWriter:
             ValueError: other shape or dtype, or written before.
         """
         check_announced(name, tensor, self.specs[name], self._missing)
-        descriptor, offset = self._places[name]
+        sink, offset = self._places[name]
         with full_disk_is_users_error(self.directory):
-            write_bytes(descriptor, offset, tensor)
+            sink.write_tensor(offset, tensor)
         self._missing.remove(name)
 
     def __exit__(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,10 +41,10 @@ from litgpt.checkpoint import (
 )
 from litgpt.config import Config
 from litgpt.keymap import LIT_EMBED, LIT_HEAD, BlockId, layout
-from litgpt.proof import Proof, check_tensors, prove, twin
+from litgpt.proof import SAMPLE_TEXTS, Proof, Sample, check_tensors, prove, prove_on, twin
 from litgpt.tensorfile import LIT_FILE, LitReader, LitWriter, Spec, check_free_disk, full_disk_is_users_error
 from litgpt.tokenizer import Tokenizer
-from litgpt.utils import UserError, atomic_dir, parse_dtype, progress, sha256_file
+from litgpt.utils import UserError, atomic_dir, progress, sha256_file
 
 __all__ = ["Proof", "Upcycled", "default_out_dir", "prove", "upcycle"]
 
@@ -122,27 +123,27 @@ def upcycle(
     reader = LitReader(source_dir)
     check_tensors(reader, layout(dense, "lit"))
     tokenizer = Tokenizer(source_dir)
+    sample = Sample.of(tokenizer, SAMPLE_TEXTS, dense.block_size)
     new_rows: dict[str, dict[int, Tensor]] = {}
+    added: tuple[int, ...] = ()
     if thought_tokens == "add" and tokenizer.thought_ids is None:
-        known_rows, think_ids = tokenizer.vocab_size, tokenizer.think_ids
-        ids = tokenizer.add_thought_tokens(dense.padded_vocab_size)
+        think_ids = tokenizer.think_ids
+        added = tokenizer.add_thought_tokens(dense.padded_vocab_size)
         for name in (LIT_EMBED,) if dense.tie_embeddings else (LIT_EMBED, LIT_HEAD):
-            new_rows[name] = dict(zip(ids, _thought_rows(reader, name, think_ids, known_rows, seed), strict=True))
+            starts = _thought_rows(reader, name, think_ids, sample.vocabulary, seed)
+            new_rows[name] = dict(zip(added, starts, strict=True))
 
     plan = _Plan.of(dense, moe, reader)
     needed = sum(spec.nbytes for spec in plan.specs.values()) + 512 * len(plan.specs)  # 512: a tensor's zip headers
     check_free_disk(target, needed + sum(file.stat().st_size for file in source_dir.glob("*.json")))
     with full_disk_is_users_error(target), atomic_dir(target, replace=True) as temporary:
+        # What takes no disk to speak of is done while the weights are written: both leave the interpreter free.
         with ThreadPoolExecutor(1) as pool:
-            # Hashing and copying both leave the interpreter free, so the digest costs no time of its own.
             digest = pool.submit(sha256_file, reader.path)
+            dtypes = {spec.dtype for spec in plan.specs.values()}
+            beside = pool.submit(_write_beside, temporary, source_dir, moe, tokenizer, dtypes)
             _write_weights(temporary / LIT_FILE, plan, reader, new_rows, router_std, seed)
-        copy_sidecars(source_dir, temporary)
-        if tokenizer.thought_ids is not None:
-            tokenizer.chat_template = chat_template("thought")
-            tokenizer.save(temporary)
-        write_config(temporary, moe)
-        write_hf_config(temporary, moe, source_dir, dtypes={spec.dtype for spec in plan.specs.values()})
+        beside.result()
         made: dict[str, Any] = {
             "directory": target.name,
             "source": source_dir.resolve().name,
@@ -157,11 +158,10 @@ def upcycle(
         }
         provenance = {"tie_embeddings": moe.tie_embeddings, "tool": tool_version(), "upcycled": made}
         write_provenance(temporary, provenance)
-        proofs = _prove_or_refuse(source_dir, temporary, proof_dtype)
+        proofs = _prove_or_refuse(sample, source_dir, temporary, added, proof_dtype)
         made["proof"] = [asdict(proof) | {"changed": list(proof.changed)} for proof in proofs]
         write_provenance(temporary, provenance)
 
-    n_parameters = sum(math.prod(spec.shape) for spec in plan.specs.values())
     per_expert = 3 * moe.n_layer * moe.n_embd * moe.expert_size
     return Upcycled(
         out_dir=out_dir,
@@ -169,8 +169,8 @@ def upcycle(
         thought_ids=tokenizer.thought_ids,
         proofs=proofs,
         n_bytes=(target / LIT_FILE).stat().st_size,
-        n_parameters=n_parameters,
-        n_active=n_parameters - (n_expert - n_expert_per_token) * per_expert,
+        n_parameters=plan.n_parameters,
+        n_active=plan.n_parameters - (n_expert - n_expert_per_token) * per_expert,
     )
 
 
@@ -193,28 +193,40 @@ def _refuse_foreign(target: Path, source_dir: Path) -> None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the MoE's file consists of. A tied head is left out: it is another name for the embedding."""
+    """What the MoE's file consists of.
 
-    copies: dict[str, list[str]]
-    """Tensor of the dense file → the tensors of the MoE's file that start as copies of it."""
+    E equal experts are stored once, under E names: `torch.save` keeps shared storage shared, and who loads the file
+    into E parameters gets E copies. A tied head is another name for the embedding in the same way.
+    """
+
+    copies: dict[str, str]
+    """Tensor of the dense file → the tensor of the MoE's file that starts as a copy of it."""
     routers: list[str]
     specs: dict[str, Spec]
-    """Every tensor of the MoE's file, in its order."""
+    """Every tensor that is stored, in the file's order."""
     aliases: dict[str, str]
+    """Further name → the stored tensor that it means."""
+    n_parameters: int
+    """Of the model, every expert counted."""
 
     @classmethod
     def of(cls, dense: Config, moe: Config, reader: LitReader) -> _Plan:
         source = layout(dense, "lit", tied=dense.tie_embeddings)
         target = layout(moe, "lit", tied=moe.tie_embeddings)
-        copies: dict[str, list[str]] = {name: [] for name in source.names}
+        copies: dict[str, str] = {}
         routers: list[str] = []
         specs: dict[str, Spec] = {}
+        aliases: dict[str, str] = {LIT_HEAD: LIT_EMBED} if moe.tie_embeddings else {}
         for name, (piece, *_) in target.parts.items():
             is_router = piece.key == "router"
             origin = source.rows[BlockId("gate", piece.layer) if is_router else twin(piece)].tensor
-            (routers if is_router else copies[origin]).append(name)
+            if is_router:
+                routers.append(name)
+            elif copies.setdefault(origin, name) != name:
+                aliases[name] = copies[origin]
+                continue
             specs[name] = Spec(target.shapes[name], reader.specs[origin].dtype)
-        return cls(copies, routers, specs, {LIT_HEAD: LIT_EMBED} if moe.tie_embeddings else {})
+        return cls(copies, routers, specs, aliases, sum(math.prod(shape) for shape in target.shapes.values()))
 
 
 def _write_weights(
@@ -227,15 +239,26 @@ def _write_weights(
 ) -> None:
     """Write the MoE's `lit_model.pth`, holding one tensor of the dense model at a time."""
     with LitWriter(path, plan.specs, aliases=plan.aliases) as writer:
-        for source, names in progress(plan.copies.items(), "upcycling", total=len(plan.copies), unit="tensor"):
+        for source, name in progress(plan.copies.items(), "upcycling", total=len(plan.copies), unit="tensor"):
             tensor = reader.read(source)
             for row, values in new_rows.get(source, {}).items():
                 tensor[row] = values
-            for name in names:
-                writer.write(name, tensor)
+            writer.write(name, tensor)
         for name in plan.routers:
             shape, dtype = plan.specs[name]
             writer.write(name, (torch.randn(shape, generator=_generator(seed, name)) * router_std).to(dtype))
+
+
+def _write_beside(
+    directory: Path, source_dir: Path, moe: Config, tokenizer: Tokenizer, dtypes: Collection[torch.dtype]
+) -> None:
+    """Write what stands beside the weights: the tokenizer and the configs."""
+    copy_sidecars(source_dir, directory)
+    if tokenizer.thought_ids is not None:
+        tokenizer.chat_template = chat_template("thought")
+        tokenizer.save(directory)
+    write_config(directory, moe)
+    write_hf_config(directory, moe, source_dir, dtypes=dtypes)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -284,11 +307,15 @@ def _mean_row(reader: LitReader, name: str, rows: int) -> tuple[Tensor, float]:
     return (total / rows).float(), math.sqrt(max(0.0, squares / count - float(total.sum() / count) ** 2))
 
 
-def _prove_or_refuse(dense_dir: Path, moe_dir: Path, proof_dtype: str) -> tuple[Proof, ...]:
-    proofs = [prove(dense_dir, moe_dir, dtype=parse_dtype("float32"))] if proof_dtype != "float64" else []
+def _prove_or_refuse(
+    sample: Sample, dense_dir: Path, moe_dir: Path, added: tuple[int, ...], proof_dtype: str
+) -> tuple[Proof, ...]:
+    proofs: list[Proof] = []
+    if proof_dtype != "float64":
+        proofs.append(prove_on(sample, dense_dir, moe_dir, dtype=torch.float32, added=added))
     # How much rounding float32 shows depends on the model; float64 tells rounding from a fault.
     if not proofs or proof_dtype == "both" or not (proofs[0].exact or proofs[0].changed):
-        proofs.append(prove(dense_dir, moe_dir, dtype=parse_dtype("float64")))
+        proofs.append(prove_on(sample, dense_dir, moe_dir, dtype=torch.float64, added=added))
     if not proofs[-1].exact or any(proof.changed for proof in proofs):
         raise UserError(
             f"the proof fails, so nothing was kept ({proofs[-1].describe()}); "

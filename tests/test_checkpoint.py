@@ -32,7 +32,7 @@ from litgpt.checkpoint import (
 from litgpt.config import Config
 from litgpt.keymap import Naming, assemble, flat_rows, layout, row_count
 from litgpt.model import GPT
-from litgpt.tensorfile import write_bytes
+from litgpt.tensorfile import FileSink
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError
 from tests.tiny_models import FAMILIES, MOE_FAMILIES, random_model, same_bits
@@ -388,9 +388,10 @@ def test_a_file_saved_on_a_gpu_loads_without_one(tmp_path: Path, source_dir: Pat
     with open(path, "wb") as file, torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save({"model": skeleton}, file)
     saved = LitReader(tmp_path / "lit")
-    with open(path, "r+b") as file:
-        for name, tensor in values.items():
-            write_bytes(file.fileno(), saved._holes[name].offset, tensor)
+    sink = FileSink(path)
+    for name, tensor in values.items():
+        sink.write_tensor(saved._holes[name].offset, tensor)
+    sink.close()
     assert b"cuda" in path.read_bytes()
     state = load_state(tmp_path / "lit")
     assert same_bits(state, values)

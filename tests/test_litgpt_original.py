@@ -16,6 +16,7 @@ from litgpt.checkpoint import LitReader, convert_hf_to_lit, load_model, save_lit
 from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
+from litgpt.upcycle import upcycle as fresh
 from tests.tiny_models import FAMILIES, build_hf_dir, same_bits
 
 VERSION = "0.5.13"
@@ -64,6 +65,9 @@ def results(original: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     for label in ("qwen3-tied", "qwen3", "llama"):
         directories[f"{label} upcycled"] = root / f"{label}-upcycled"
         upcycle(directories[label], directories[f"{label} upcycled"])
+    # With equal experts, which are stored once.
+    directories["qwen3-tied fresh"] = root / "fresh"
+    fresh(directories["qwen3-tied"], directories["qwen3-tied fresh"], n_expert=4, thought_tokens="none")
     directories["trained by LitGPT"] = root / "trained"
     shutil.copytree(directories["qwen3_moe"], directories["trained by LitGPT"])
     path = directories["trained by LitGPT"] / "lit_model.pth"
@@ -84,7 +88,7 @@ def results(original: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return {label: (directories[label], output) for label, output in zip(directories, outputs, strict=True)}
 
 
-LABELS = [*FAMILIES, "qwen3-tied upcycled", "qwen3 upcycled", "llama upcycled", "trained by LitGPT"]
+LABELS = [*FAMILIES, "qwen3-tied upcycled", "qwen3 upcycled", "llama upcycled", "qwen3-tied fresh", "trained by LitGPT"]
 
 
 @pytest.mark.parametrize("label", LABELS)

@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 import litgpt.proof
-from litgpt.checkpoint import convert_lit_to_hf, load_model, read_provenance, save_lit_dir
+from litgpt.checkpoint import LitReader, convert_lit_to_hf, load_model, load_state, read_provenance, save_lit_dir
 from litgpt.config import Config
 from litgpt.model import GPT, LLaMAMoE, Routing
 from litgpt.proof import SAMPLE_TEXTS, Proof, prove
@@ -67,8 +67,9 @@ def drop_tokens(directory: Path, *names: str) -> None:
 
 
 def stored(directory: Path) -> dict[str, Tensor]:
+    """The stored tensors; experts, which are one tensor on disk while they are equal, can be changed one by one."""
     state: dict[str, Tensor] = torch.load(directory / "lit_model.pth", weights_only=True)
-    return state
+    return {name: tensor.clone() if ".experts." in name else tensor for name, tensor in state.items()}
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -253,6 +254,23 @@ class TestFiles:
         assert made.n_active == made.n_parameters - 2 * 2 * 3 * 24 * 44
         assert made.n_bytes == (tmp_path / "moe" / "lit_model.pth").stat().st_size
 
+    def test_equal_experts_are_stored_once_and_trained_apart(self, pair: Pair, tmp_path: Path) -> None:
+        size = {directory: (directory / "lit_model.pth").stat().st_size for directory in pair}
+        # Four routers' rows and the headers of four times as many names, but no second expert.
+        assert size[pair.moe] < size[pair.dense] + 3 * 24 * 44 * 2
+        reader = LitReader(pair.moe)
+        expert, other = (f"transformer.h.0.mlp.experts.{number}.fc_1.weight" for number in (0, 3))
+        assert reader.shares_storage(expert, other)
+        assert not reader.shares_storage(expert, expert.replace("fc_1", "fc_2"))
+        state = load_state(pair.moe)
+        state["transformer.h.0.mlp.experts.gate_up_proj"][3] += 1
+        assert torch.equal(state["transformer.h.0.mlp.experts.gate_up_proj"][0, :44], reader.read(expert))
+        # What has become different is stored apart.
+        save_lit_dir(tmp_path / "trained", state, Config.from_checkpoint(pair.moe), source_dir=pair.moe, provenance={})
+        again = LitReader(tmp_path / "trained")
+        assert not again.shares_storage(expert, other)
+        assert torch.equal(again.read(other), (reader.read(other) + 1))
+
     def test_default_out_dir(self) -> None:
         expected = Path("checkpoints/Qwen/Qwen3-0.6B-MoE-8x2")
         assert default_out_dir(Path("checkpoints/Qwen/Qwen3-0.6B"), 8, 2) == expected
@@ -370,15 +388,6 @@ class TestProof:
         made = upcycle(dense_dir, tmp_path / "moe", n_expert=2, proof_dtype="float64")
         assert [proof.dtype for proof in made.proofs] == ["float64"] and made.proofs[0].exact
 
-    def test_the_number_of_threads_is_given_back(self, pair: Pair) -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(3)
-        try:
-            prove(pair.dense, pair.moe, texts=SAMPLE_TEXTS[:1])
-            assert torch.get_num_threads() == 3
-        finally:
-            torch.set_num_threads(threads)
-
     def test_float64_decides_where_float32_is_beyond_its_bounds(
         self, dense_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -396,13 +405,16 @@ class TestProof:
         write = LitWriter.write
 
         def write_with_a_fault(self: LitWriter, name: str, tensor: Tensor) -> None:
-            if name == "transformer.h.1.mlp.experts.1.fc_2.weight":
+            if name == "transformer.h.1.mlp.experts.0.fc_2.weight":
                 tensor = tensor.clone()
                 flip_bit(tensor, 3, 0)
             write(self, name, tensor)
 
         monkeypatch.setattr(LitWriter, "write", write_with_a_fault)
-        with pytest.raises(UserError, match=r"proof fails.*nothing was kept.*experts\.1\.fc_2"):
+        with pytest.raises(
+            UserError,
+            match=r"proof fails.*nothing was kept.*2 tensors differ, e\.g\. transformer\.h\.1\.mlp\.experts\.0\.fc_2",
+        ):
             upcycle(dense_dir, tmp_path / "moe", n_expert=2, seed=3)
         with pytest.raises(UserError, match="proof fails"):
             upcycle(dense_dir, tmp_path / "other", n_expert=2)
