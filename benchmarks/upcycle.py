@@ -1,8 +1,9 @@
 """Upcycling Qwen3-0.6B to 8 experts, ours against mergekit-moe: wall time and peak memory of whole commands.
 
-Both read one random checkpoint of Qwen3-0.6B's shape (bf16, 1.2 GB) and write 4.9 GB. mergekit goes from a Hugging Face
-directory to another. Ours goes from a lit directory to another and proves the result; the conversions at both ends are
-measured too, and the chain of all three is what compares with mergekit's in kind.
+Both read one random checkpoint of Qwen3-0.6B's shape (bf16, 1.2 GB). mergekit goes from a Hugging Face directory to
+another, which takes 4.9 GB. Ours goes from a lit directory to another, which stores equal experts once, and proves the
+result; the conversions at both ends are measured too, and the chain of all three is what compares with mergekit's in
+kind.
 
     python benchmarks/upcycle.py --work_dir /big/disk --mergekit_python /some/venv/bin/python
 """
@@ -103,10 +104,10 @@ def one_round(folder: Path, hf_dir: Path, mergekit_python: Path) -> dict[str, Co
     costs["convert_hf_checkpoint, HF → lit"] = measure(script(scripts / "convert_hf_checkpoint.py", checkpoint_dir=lit))
     (lit / "model.safetensors").unlink()
     costs["**upcycle_moe, lit → lit, with proof**"] = measure(script(scripts / "upcycle_moe.py", checkpoint_dir=lit))
-    n_bytes = (moe / "lit_model.pth").stat().st_size
     shutil.rmtree(lit)
     export = script(scripts / "convert_lit_checkpoint.py", checkpoint_dir=moe, out_dir=exported)
     costs["convert_lit_checkpoint, lit → HF"] = measure(export)
+    n_bytes = sum(path.stat().st_size for path in exported.glob("*.safetensors"))
     shutil.rmtree(moe)
     shutil.rmtree(exported)
 

@@ -62,6 +62,8 @@ __all__ = [
 
 CONFIG_FILE = "model_config.yaml"
 PROVENANCE_FILE = "provenance.yaml"
+STORED_HEAD = "head_stored_though_tied"
+"""Key of `provenance.yaml`: the Hugging Face file held `lm_head.weight` beside the embedding that it equals."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 GENERATION_FILE = "generation_config.json"
 HF_CONFIG_FILE = "config.json"
@@ -314,6 +316,8 @@ def convert_hf_to_lit(
             "dtype": _dtype_name(dtype) if dtype else "as stored",
             "sha256": hashes,
         }
+        if tied and HF_HEAD in reader.specs:
+            provenance[STORED_HEAD] = True
         write_provenance(directory, provenance)
 
 
@@ -342,7 +346,9 @@ def convert_lit_to_hf(
     config = Config.from_checkpoint(directory)
     tied = config.tie_embeddings
     reader = LitReader(directory)
-    source, target = layout(config, "lit"), layout(config, "hf", tied=tied)
+    # Some tied checkpoints, Qwen3-0.6B among them, store the head a second time; they get back what they had.
+    without_head = tied and not read_provenance(directory).get(STORED_HEAD)
+    source, target = layout(config, "lit"), layout(config, "hf", tied=without_head)
     _check_tensors(reader.path, reader.specs, source, because=CONFIG_FILE)
     if tied:
         _check_tied(reader, LIT_HEAD, LIT_EMBED)

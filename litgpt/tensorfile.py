@@ -5,9 +5,8 @@ written with `pread`/`pwrite` at known offsets: a memory map would count every p
 is closed.
 
 The `.pth` is an ordinary `torch.save` archive. Torch documents how to fill one piece by piece (its notes on
-serialization): `torch.save` under `skip_data` lays the archive out with holes for the numbers, and `torch.load` under
-`FakeTensorMode` tells the offset of each hole. The holes' CRC-32 stays 0: `torch.load` does not look at it, `unzip -t`
-does.
+serialization): `torch.save` under `skip_data` lays the archive out with holes for the numbers, and `torch.load` without
+the numbers tells the offset of each hole. The holes' CRC-32 stays 0: `torch.load` does not look at it, `unzip -t` does.
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from litgpt.utils import UserError, atomic_file
 
@@ -56,6 +54,25 @@ class _Hole(NamedTuple):
     stride: tuple[int, ...]
 
 
+def _load_without_numbers(path: Path) -> Any:
+    """What `torch.load` gives, but of the storages only their byte offsets (`_checkpoint_offset`)."""
+    content = torch.load(path, map_location="meta", weights_only=True)
+    tensors = [value for value in _state_of(content).values() if isinstance(value, Tensor)]
+    if all(hasattr(tensor.untyped_storage(), "_checkpoint_offset") for tensor in tensors):
+        return content
+    # Before torch told the offsets on "meta", too. The import alone takes a second and a half.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.load(path, weights_only=True)
+
+
+def _state_of(content: Any) -> Mapping[str, Any]:
+    """The state dict: LitGPT's training scripts save {"model": state dict, ...}, its converters the dict itself."""
+    state = content.get("model", content) if isinstance(content, dict) else None
+    return state if isinstance(state, Mapping) else {"": None}
+
+
 def _holes(path: Path) -> tuple[dict[str, _Hole], dict[str, str]]:
     """The tensors of a `torch.save` archive and, for those that share storage with an earlier one, its name.
 
@@ -63,8 +80,7 @@ def _holes(path: Path) -> tuple[dict[str, _Hole], dict[str, str]]:
         UserError: `path` is missing, cut short, or not a flat state dict of plain tensors.
     """
     try:
-        with FakeTensorMode():
-            content = torch.load(path, weights_only=True)
+        state = _state_of(_load_without_numbers(path))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; convert the checkpoint first (scripts/convert_hf_checkpoint.py)") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, AssertionError) as error:
@@ -72,9 +88,7 @@ def _holes(path: Path) -> tuple[dict[str, _Hole], dict[str, str]]:
         raise UserError(
             f"{path} is not a checkpoint that torch.load can read safely ({reason}); convert it again"
         ) from None
-    # LitGPT's training scripts save {"model": state dict, ...}, its converters the state dict itself.
-    state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{path} is not a flat dictionary of tensors, which a lit checkpoint is; convert it again")
     size = path.stat().st_size
     holes: dict[str, _Hole] = {}
@@ -265,12 +279,12 @@ class LitWriter:
         with contextlib.ExitStack() as undo:
             undo.enter_context(full_disk_is_users_error(self.path))
             temporary = undo.enter_context(atomic_file(self.path))
-            with FakeTensorMode():
-                skeleton = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in self.specs.items()}
-                skeleton |= {alias: skeleton[name] for alias, name in self.aliases.items()}
+            skeleton = {name: _untouched(spec) for name, spec in self.specs.items()}
+            skeleton |= {alias: skeleton[name] for alias, name in self.aliases.items()}
             # Through a file object: given a path, torch would write the temporary name into the archive.
-            with open(temporary, "wb") as file, torch.serialization.skip_data(materialize_fake_tensors=True):
+            with open(temporary, "wb") as file, torch.serialization.skip_data():
                 torch.save(skeleton, file)
+            del skeleton
             holes, _ = _holes(temporary)
             self._offsets = {name: holes[name].offset for name in self.specs}
             self._sink = FileSink(temporary)
@@ -299,6 +313,13 @@ class LitWriter:
                 # Handed to the exit stack, so that atomic_file removes the temporary file instead of renaming it.
                 raise error
             check_complete(self.path, self._missing)
+
+
+def _untouched(spec: Spec) -> Tensor:
+    """A tensor whose memory nobody reads or writes, so that it takes none (`torch.empty` may fill it)."""
+    return torch.empty(0, dtype=spec.dtype).set_(
+        torch.UntypedStorage(spec.nbytes), 0, spec.shape, _row_major(spec.shape)
+    )
 
 
 def check_announced(name: str, tensor: Tensor, spec: Spec, missing: set[str]) -> None:
