@@ -240,7 +240,12 @@ def _last_run() -> Path:
 
 def _inputs_of(run: Path) -> dict[str, Path]:
     """The dense base, the result and the validation set of a run."""
-    settings = yaml.safe_load((run / "hyperparameters.yaml").read_text(encoding="utf-8"))
+    path = run / "hyperparameters.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"{run} lacks {path.name}, so its base is not known: name --checkpoint_a, --checkpoint_b and --data"
+        )
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     return {"a": Path(settings["base"]), "b": run / "final", "data": Path(settings["data"]["val"])}
 
 

@@ -153,6 +153,8 @@ class Trainer:
     def _make_fabric(self) -> Fabric:
         run, out_dir = self.settings.run, self.settings.out_dir
         on_gpu = run.accelerator == "cuda" or (run.accelerator == "auto" and torch.cuda.is_available())
+        if on_gpu and run.devices > torch.cuda.device_count():
+            raise UserError(f"run.devices is {run.devices}, and this machine has {torch.cuda.device_count()} GPUs")
         precision = ("bf16-mixed" if on_gpu else "32-true") if run.precision == "auto" else run.precision
         self.settings.run = replace(run, precision=precision)
         logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
@@ -211,6 +213,8 @@ class Trainer:
         if self.fabric.is_global_zero:
             rundir.clear(settings.out_dir, everything=settings.overwrite and self.start is None)
             self._write_hyperparameters()
+            if run.save_every >= self.steps:
+                print(f"{self.steps} steps: run.save_every {run.save_every} writes no checkpoint before the end")
         self.fabric.barrier()
         if self.before is None:
             self.before = self._validate()
@@ -255,19 +259,20 @@ class Trainer:
         learning_rate = lr_at(self.step, self.steps, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        load_LE = None
         if weights.router_weight > 0 and len(micros) * fabric.world_size > 1:
             # The balance loss multiplies each expert's share of the whole step with its probability. The shares must be
             # known before the first backward, so the student reads the step's micro-batches once without gradient.
             with fabric.autocast():
                 loads = [self.distiller.expert_load(micro.batch, micro.real_N) for micro in micros]
             load_LE = self._sum_over_ranks(torch.stack(loads).sum(0))
+            for micro in micros:
+                micro.load_LE = load_LE
 
         losses, parts, load_sums = [], [], []
         for number, micro in enumerate(micros, start=1):
             self._consult(micro, cka_weight)
             with fabric.no_backward_sync(self.module, enabled=number < len(micros)):
-                loss, terms = self.module(micro, totals, cka_weight, load_LE)
+                loss, terms = self.module(micro, totals, cka_weight)
                 # DDP averages gradients over ranks, but the ranks' shares are to be added up.
                 fabric.backward(loss * fabric.world_size)
             losses.append(loss.detach())

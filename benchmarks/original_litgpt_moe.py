@@ -6,6 +6,7 @@ It has our package's name, so the two never meet in one process. `moe_layer.py` 
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import sys
 import time
@@ -42,6 +43,22 @@ def measure(module: nn.Module, tokens: int, backward: bool, repeats: int, clock:
     return total / repeats
 
 
+def keep_memory() -> None:
+    """Let glibc keep what is freed (mallopt(3)), or the pages that the system hands out anew are what is timed."""
+    if sys.platform == "linux":
+        m_trim_threshold, m_mmap_max = -1, -4
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
+
+
+@torch.no_grad()
+def set_router(gate: nn.Linear) -> None:
+    """The same router in every process: how evenly tokens fall on experts decides the time."""
+    weight_ED = torch.randn(gate.weight.shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    gate.weight.copy_(weight_ED)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what was queued."""
     if device.type == "cuda":
@@ -54,6 +71,7 @@ def main(n_embd: str, width: str, n_expert: str, k: str, dtype: str, device: str
     theirs: dict[str, Any] = {name: importlib.import_module(f"litgpt.{name}") for name in ("config", "model")}
     if not (Path(theirs["model"].__file__).parents[1] / f"litgpt-{VERSION}.dist-info").is_dir():
         raise SystemExit(f"{theirs['model'].__file__} is not LitGPT {VERSION}")
+    keep_memory()
     torch.set_num_threads(int(threads))
     config = theirs["config"].Config.from_name(
         "Qwen3-30B-A3B",
@@ -63,6 +81,7 @@ def main(n_embd: str, width: str, n_expert: str, k: str, dtype: str, device: str
         n_expert_per_token=int(k),
     )
     moe = theirs["model"].LLaMAMoE(config).to(device=device, dtype=getattr(torch, dtype))
+    set_router(moe.gate)
     print("ready", flush=True)
     for line in sys.stdin:
         *numbers, clock = line.split()

@@ -21,7 +21,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from litgpt.chat import chat_template
+from litgpt.chat import IM_END, chat_template
 from litgpt.config import Config
 from litgpt.keymap import (
     DERIVED_HF_BUFFERS,
@@ -308,7 +308,6 @@ def convert_hf_to_lit(
             path.name: sha256_file(path) for path in progress((*reader.files, directory / HF_CONFIG_FILE), "hashing")
         }
     with full_disk_is_users_error(directory):
-        write_config(directory, config)
         provenance = {
             "tie_embeddings": tied,
             "tool": tool_version(),
@@ -319,6 +318,8 @@ def convert_hf_to_lit(
         if tied and HF_HEAD in reader.specs:
             provenance[STORED_HEAD] = True
         write_provenance(directory, provenance)
+        # Last: a directory without it is not complete, and without provenance.yaml nobody knows that it is tied.
+        write_config(directory, config)
 
 
 def convert_lit_to_hf(
@@ -365,9 +366,18 @@ def convert_lit_to_hf(
         if tokenizer.thought_ids is not None:
             tokenizer.chat_template = chat_template("thought")
             tokenizer.save(temporary)
+            _stop_at_end_of_turn(temporary / GENERATION_FILE, tokenizer)
         write_hf_config(temporary, config, directory, dtypes={dtype for _, dtype in specs.values()})
         exported = {"exported_from": config.name, "tool": tool_version(), "source": read_provenance(directory)}
         write_provenance(temporary, exported)
+
+
+def _stop_at_end_of_turn(path: Path, tokenizer: Tokenizer) -> None:
+    """Let other engines stop where a chat's answer ends; a base model's own settings know the end of a text only."""
+    end = tokenizer.token_to_id(IM_END)
+    if end is not None and end not in tokenizer.stop_ids:
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        _write_json(path, settings | {"eos_token_id": [end, *tokenizer.stop_ids]})
 
 
 def write_hf_config(

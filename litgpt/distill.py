@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +130,8 @@ class MicroBatch:
         teacher_batch: the teacher's side, on the CPU; `None` without a teacher.
         teacher: the teacher's targets, once it has run.
         reference: the base's hidden states by layer, once it has run.
+        load_LE: tokens per layer and expert of the whole step, fp64, once they are known; `None` if this micro-batch
+            is all of it.
     """
 
     def __init__(self, batch: Batch, settings: LossSettings, view: TeacherView | None, device: torch.device) -> None:
@@ -158,6 +160,7 @@ class MicroBatch:
         self.real_N = real_BT.flatten().to(device)
         self.teacher: Teacher | None = None
         self.reference: dict[int, Tensor] = {}
+        self.load_LE: Tensor | None = None
 
 
 class Reference:
@@ -211,13 +214,17 @@ class Reference:
         return output.hidden_states
 
 
-class StepTerms(NamedTuple):
-    """The parts of one micro-batch's loss, each already divided by the step's totals; detached."""
+# A plain class, as MicroBatch, so that the precision plugin leaves its numbers in fp64.
+class StepTerms:
+    """The parts of one micro-batch's loss, each already divided by the step's totals; detached.
 
-    terms: Tensor
-    """fp64 [4]: ce, kd, 1 - cka and balance, unweighted; over all micro-batches they add up to the step's."""
-    load_LE: Tensor
-    """fp64: how many tokens each layer gave to each expert."""
+    Attributes:
+        terms: fp64 [4]: ce, kd, 1 - cka and balance, unweighted; over all micro-batches they add up to the step's.
+        load_LE: fp64: how many tokens each layer gave to each expert.
+    """
+
+    def __init__(self, terms: Tensor, load_LE: Tensor) -> None:
+        self.terms, self.load_LE = terms, load_LE
 
 
 class Distiller(nn.Module):
@@ -245,16 +252,14 @@ class Distiller(nn.Module):
         self.shared_vocab_size = shared_vocab_size
         self.layers = cka_layers(student.config.n_layer, settings.cka_every)
 
-    def forward(
-        self, micro: MicroBatch, totals: Totals, cka_weight: float, load_LE: Tensor | None = None
-    ) -> tuple[Tensor, StepTerms]:
+    def forward(self, micro: MicroBatch, totals: Totals, cka_weight: float) -> tuple[Tensor, StepTerms]:
         """This micro-batch's share of the step's loss.
 
         Args:
-            micro: with the teacher's and the reference's side filled in where their weight is not 0.
+            micro: with the teacher's and the reference's side filled in where their weight is not 0, and the load of
+                the whole step where it is not all of it.
             totals: of the whole step.
             cka_weight: weight of 1 - CKA at this step.
-            load_LE: tokens per layer and expert of the whole step; `None` if this micro-batch is all of it.
 
         Returns:
             a scalar whose sum over the step's micro-batches is the step's loss, and its parts.
@@ -267,9 +272,8 @@ class Distiller(nn.Module):
             share = micro.counts.cka / totals.cka
             cka = share * cka_loss(output.hidden_states, micro.reference, micro.cka_BT)
         own_LE = expert_counts(output.routing, micro.real_N)
-        balance = balance_loss(
-            output.routing, micro.real_N, load_LE=own_LE if load_LE is None else load_LE, tokens=totals.tokens
-        )
+        load_LE = own_LE if micro.load_LE is None else micro.load_LE
+        balance = balance_loss(output.routing, micro.real_N, load_LE=load_LE, tokens=totals.tokens)
         weights = self.settings
         loss = weights.task_weight * ce + weights.kd_weight * kd + cka_weight * cka + weights.router_weight * balance
         if micro.counts.tokens == 0:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from litgpt.tensorfile import full_disk_is_users_error
 from litgpt.utils import UserError, atomic_dir
 
 STATE_FILE = "state.pth"
@@ -40,10 +41,18 @@ def save_checkpoint(out_dir: Path, step: int, state: dict[str, Any]) -> Path:
         out_dir: the run directory.
         step: optimizer steps done.
         state: tensors and plain values only, so that it loads without unpickling code.
+
+    Raises:
+        UserError: the disk is full; the older checkpoints are as they were.
     """
     path = out_dir / f"step-{step:06d}"
-    with atomic_dir(path, replace=True) as temporary:
-        torch.save(state, temporary / STATE_FILE)
+    # Through a file object: given a path, torch hides a full disk behind an error of its own.
+    with (
+        full_disk_is_users_error(path),
+        atomic_dir(path, replace=True) as temporary,
+        open(temporary / STATE_FILE, "wb") as file,
+    ):
+        torch.save(state, file)
     for old in checkpoints(out_dir)[:-KEPT_CHECKPOINTS]:
         shutil.rmtree(old)
     return path

@@ -186,11 +186,13 @@ def check_free_disk(directory: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def full_disk_is_users_error(path: Path) -> Iterator[None]:
-    """Turn ENOSPC and its kin, and torch's own wording of them, into one `UserError`."""
+    """Turn ENOSPC and its kin into one `UserError`."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, RuntimeError) as error:
+        # torch.save, finding that its file is not what it should be, raises over the error that made it so.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
             raise
         raise UserError(f"no room left on the disk while writing {path}; free some and run the command again") from None
 

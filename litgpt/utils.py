@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import inspect
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -115,7 +117,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary_beside(path)
     try:
         yield temporary
         _fsync(temporary)
@@ -140,8 +142,7 @@ def atomic_dir(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
     if path.exists() and not replace:
         raise UserError(f"{path} exists already; choose another directory or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _temporary_beside(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -155,6 +156,26 @@ def atomic_dir(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
         _fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary_beside(path: Path) -> Path:
+    """A name that no other process uses, after removing what processes of this machine left there when killed."""
+    own = f"{platform.node()}-{os.getpid()}"
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        node, _, pid = left.name.removeprefix(f".{path.name}.").removesuffix(".tmp").rpartition("-")
+        if node == platform.node() and pid.isdecimal() and (int(pid) == os.getpid() or not _runs(int(pid))):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{own}.tmp")
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _exchange(first: Path, second: Path) -> None:

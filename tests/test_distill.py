@@ -58,7 +58,8 @@ class Step:
             micro.teacher = self.teacher.targets(micro.teacher_batch, micro.targets_N.numel())
             if cka_weight:
                 micro.reference = self.reference.hidden_states(micro.batch)
-            loss, terms = self.distiller(micro, self.totals, cka_weight, loads)
+            micro.load_LE = loads
+            loss, terms = self.distiller(micro, self.totals, cka_weight)
             loss.backward()
             sums += terms.terms
         return sums
@@ -110,7 +111,7 @@ def test_kd_is_scored_on_the_answer_alone(world: World) -> None:
         hidden.append(output)
 
     step.distiller.student.transformer.ln_f.register_forward_hook(keep)
-    loss, _ = step.distiller(micro, step.totals, 0.0, None)
+    loss, _ = step.distiller(micro, step.totals, 0.0)
     loss.backward()
     assert hidden[0].grad is not None
     touched_N = hidden[0].grad.flatten(0, 1).ne(0).any(1)
@@ -172,7 +173,8 @@ def test_a_micro_batch_of_padding_alone_has_a_gradient_of_zero(world: World) -> 
     assert micro.counts == Totals(0, 0, 0, 0)
     assert micro.teacher_batch is not None
     micro.teacher = step.teacher.targets(micro.teacher_batch, micro.targets_N.numel())
-    loss, _ = step.distiller(micro, step.totals, 0.05, torch.ones(2, 4, dtype=torch.float64))
+    micro.load_LE = torch.ones(2, 4, dtype=torch.float64)
+    loss, _ = step.distiller(micro, step.totals, 0.05)
     assert float(loss.detach()) == 0
     loss.backward()
     learning = [p for p in step.distiller.parameters() if p.requires_grad]

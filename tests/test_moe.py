@@ -39,6 +39,21 @@ def naive(x_ND: Tensor, gate_ED: Tensor, gate_up: Tensor, down: Tensor, k: int) 
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_token_alone_gets_what_it_gets_among_others(dtype: torch.dtype, autocast: bool) -> None:
+    """Decoding takes a shorter way."""
+    moe = moe_of(n_embd=64, width=96, k=3).to(dtype)
+    x = torch.randn(1, 9, 64, dtype=dtype)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        together = moe(x)[0]
+        for t in range(x.size(1)):
+            alone, routing = moe(x[:, t : t + 1])
+            assert alone.dtype == together.dtype and alone.shape == (1, 1, 64)
+            assert routing.expert_ids_NK.shape == (1, 3)
+            assert relative(alone[0, 0], together[0, t].double()) < RELATIVE[torch.bfloat16 if autocast else dtype]
+
+
 def parameters_of(moe: LLaMAMoE) -> list[Tensor]:
     return [moe.gate.weight, moe.experts.gate_up_proj, moe.experts.down_proj]
 
@@ -142,15 +157,17 @@ def test_grouped_equals_looped(counts: list[int], dtype: torch.dtype, n_embd: in
 
 
 def test_which_one_runs() -> None:
-    def asked(dtype: torch.dtype, n_embd: int = 16, width: int = 24, device: str = "cpu") -> bool:
-        x, down = torch.empty(3, n_embd, dtype=dtype, device=device), torch.empty(4, n_embd, width, device=device)
+    def asked(dtype: torch.dtype, n_embd: int = 16, width: int = 24, device: str = "cpu", rows: int = 3) -> bool:
+        x, down = torch.empty(rows, n_embd, dtype=dtype, device=device), torch.empty(4, n_embd, width, device=device)
         return can_group(x, down.to(dtype))
 
     assert asked(torch.float32) and asked(torch.bfloat16)
     assert not asked(torch.float64) and not asked(torch.bfloat16, width=12) and not asked(torch.float32, n_embd=18)
+    many = (32 << 20) // (2 * 24 * 4) + 1
+    assert asked(torch.float32, rows=many)
     with torch.no_grad():
-        assert not asked(torch.float32)
-        assert asked(torch.bfloat16, device="meta")
+        assert asked(torch.float32, rows=many - 1) and not asked(torch.float32, rows=many)
+        assert asked(torch.float32, rows=many, device="meta")
 
 
 def equal_experts(dtype: torch.dtype, n_expert: int = 8, k: int = 2) -> tuple[LLaMAMLP, LLaMAMoE]:
@@ -166,14 +183,16 @@ def equal_experts(dtype: torch.dtype, n_expert: int = 8, k: int = 2) -> tuple[LL
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-7)])
 @pytest.mark.parametrize("k", [1, 2, 3, 8])
-def test_equal_experts_are_the_dense_mlp(dtype: torch.dtype, tolerance: float, k: int) -> None:
+def test_equal_experts_are_the_dense_mlp(
+    dtype: torch.dtype, tolerance: float, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dense, moe = equal_experts(dtype, k=k)
     x = torch.randn(1, 200, 64, dtype=dtype)
     expected = dense(x)
     assert (moe(x)[0] - expected).norm() / expected.norm() < tolerance
-    with torch.enable_grad():
-        grouped = moe(x)[0].detach()
-    assert (grouped - expected).norm() / expected.norm() < tolerance
+    monkeypatch.setattr(model_module, "can_group", lambda *_: False)
+    looped = moe(x)[0]
+    assert (looped - expected).norm() / expected.norm() < tolerance
 
 
 @torch.no_grad()
@@ -183,7 +202,7 @@ def test_combine_adds_no_bfloat16_rounding(k: int, monkeypatch: pytest.MonkeyPat
     _, moe = equal_experts(torch.bfloat16, k=k)
     moe.gate.weight.normal_()
 
-    monkeypatch.setattr(model_module, "looped_swiglu", lambda x_MD, gate_up, down, ends_E: F.silu(x_MD))
+    monkeypatch.setattr(model_module, "grouped_swiglu", lambda x_MD, gate_up, down, ends_E: F.silu(x_MD))
     x = torch.randn(1, 500, 64).bfloat16()
     assert torch.equal(moe(x)[0], F.silu(x))
 

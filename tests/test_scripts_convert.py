@@ -18,6 +18,7 @@ import torch
 import transformers
 import yaml
 
+import litgpt.checkpoint
 from litgpt.checkpoint import (
     LIT_FILE,
     LitReader,
@@ -34,10 +35,12 @@ from litgpt.keymap import layout
 from litgpt.model import GPT
 from litgpt.safetensorfile import HFReader, HFWriter
 from litgpt.tokenizer import Tokenizer
+from litgpt.upcycle import upcycle
 from litgpt.utils import UserError, run_cli, sha256_file
 from scripts.convert_hf_checkpoint import convert as convert_hf
 from scripts.convert_lit_checkpoint import convert as convert_lit
 from tests.tiny_models import FAMILIES, MOE_FAMILIES, build_hf_dir, same_bits, stored_tensors
+from tests.tiny_tokenizer import build_tiny_tokenizer
 
 IDX_BT = torch.arange(40).view(2, 20) * 7
 
@@ -111,6 +114,23 @@ def test_fused_experts_are_read(label: str, tmp_path: Path) -> None:
     assert (tmp_path / "hf" / LIT_FILE).read_bytes() == expected
     convert_lit_to_hf(tmp_path / "hf", tmp_path / "out")
     assert same_bits(stored_tensors(tmp_path / "out"), per_expert)
+
+
+def test_a_base_model_that_learnt_to_chat_stops_at_the_end_of_its_turn(tmp_path: Path) -> None:
+    build_hf_dir(tmp_path / "hf", "qwen3-tied")
+    tokenizer_of = tmp_path / "tokenizer"
+    build_tiny_tokenizer(tokenizer_of, eos_token="<|endoftext|>")
+    for path in tokenizer_of.iterdir():
+        shutil.copyfile(path, tmp_path / "hf" / path.name)
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": 398, "top_k": 5}))
+    convert_hf_to_lit(tmp_path / "hf")
+    tokenizer = Tokenizer(tmp_path / "hf")
+    end, stops = tokenizer.token_to_id("<|im_end|>"), list(tokenizer.stop_ids)
+    assert end not in stops
+    upcycle(tmp_path / "hf", tmp_path / "moe", n_expert=2)
+    convert_lit_to_hf(tmp_path / "moe", tmp_path / "out")
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": [end, *stops], "top_k": 5}
 
 
 @pytest.mark.parametrize("label", ["qwen3-tied", "llama"])
@@ -206,6 +226,22 @@ def test_lit_files_and_provenance(hf_dir: Path) -> None:
     assert "torch" in provenance["tool"]
     reader = LitReader(hf_dir)
     assert reader.shares_storage("lm_head.weight", "transformer.wte.weight")
+
+
+def test_a_conversion_cut_short_is_not_taken_for_a_whole_one(hf_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and config without provenance.yaml would be a model whose embeddings are not tied."""
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for step in ("write_provenance", "write_config"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(litgpt.checkpoint, step, killed)
+            convert_hf_to_lit(hf_dir)
+        with pytest.raises(UserError, match=r"lacks model_config\.yaml"):
+            load_model(hf_dir)
+    convert_hf_to_lit(hf_dir)
+    assert load_model(hf_dir).config.tie_embeddings
 
 
 def test_a_known_name_gives_litgpts_config_only_where_config_json_agrees(tmp_path: Path) -> None:

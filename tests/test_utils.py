@@ -1,6 +1,7 @@
 """The command frame and atomic writes: what a user's mistake or a kill may and may not do."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -122,6 +123,28 @@ def test_atomic_dir_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         (temporary / "g").write_text("new")
     assert [file.name for file in target.iterdir()] == ["g"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    target, node = tmp_path / "model[1]", platform.node()
+    (tmp_path / f".model[1].{node}-{dead.pid}.tmp").mkdir()
+    (tmp_path / f".model[1].{node}-{dead.pid}.tmp" / "half").write_text("half")
+    kept = [
+        f".model[1].{node}-{os.getppid()}.tmp",
+        f".model[1].elsewhere-{dead.pid}.tmp",
+        f".model1.{node}-{dead.pid}.tmp",
+    ]
+    for name in kept:
+        (tmp_path / name).write_text("")
+    with atomic_dir(target):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, target.name])
+    (tmp_path / f".f.{node}-{dead.pid}.tmp").write_text("half")
+    with atomic_file(tmp_path / "f") as temporary:
+        temporary.write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, target.name, "f"])
 
 
 REPLACE_FOREVER = """
