@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,18 @@ class Knowledge:
     def of_crop(self, crop_id: str) -> tuple[Problem, ...]:
         """The problems of one crop, in file order; empty for an unknown crop."""
         return tuple(problem for problem in self.problems.values() if problem.crop_id == crop_id)
+
+    def only(self, crop_ids: Collection[str]) -> Knowledge:
+        """The part about some crops, with all safe answers.
+
+        Raises:
+            UserError: a crop that is not there.
+        """
+        if unknown := sorted(set(crop_ids) - self.crops.keys()):
+            raise UserError(f"no crop {', '.join(unknown)}; there are {', '.join(self.crops)}")
+        crops = {crop_id: crop for crop_id, crop in self.crops.items() if crop_id in crop_ids}
+        problems = {problem.id: problem for problem in self.problems.values() if problem.crop_id in crops}
+        return Knowledge(crops, problems, self.safety)
 
     def crop_named(self, text: str) -> Crop | None:
         """The crop whose name stands in `text` as a word of its own; the longest name wins, `None` if there is none."""

@@ -48,6 +48,7 @@ def benchmark(
     n_expert_per_token: int = 2,
     tokens: tuple[int, ...] = (1, 128, 1024, 4096),
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16"),
+    passes: tuple[Literal["fwd", "fwd+bwd"], ...] = ("fwd", "fwd+bwd"),
     rounds: int = 7,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     threads: int = torch.get_num_threads(),
@@ -64,6 +65,7 @@ def benchmark(
         n_expert_per_token: experts per token.
         tokens: batch sizes, in tokens.
         dtypes: of weights and activations.
+        passes: forward alone, forward and backward.
         rounds: how often each contender is timed.
         device: where.
         threads: of the CPU.
@@ -89,8 +91,8 @@ def benchmark(
             header = ["dtype", "tokens", "pass", *contenders, "ours / best peer, within rounds", "fastest rounds"]
             print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
         for n in tokens:
-            for backward in (False, True):
-                print(row(contenders, dtype, n, backward, rounds, clock), flush=True)
+            for name in passes:
+                print(row(contenders, dtype, n, name == "fwd+bwd", rounds, clock), flush=True)
         if worker is not None:
             worker.stop()
     print(f"\nmilliseconds ({clock} clock), fastest (median)")

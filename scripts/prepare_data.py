@@ -22,17 +22,26 @@ def write_jsonl(path: Path, records: list[Record]) -> None:
 
 
 def prepare_data(
-    out_dir: Path = Path("data/dialogues"), knowledge_dir: Path = KNOWLEDGE_DIR, seed: int = 1337, size: int = 1200
+    out_dir: Path = Path("data/dialogues"),
+    knowledge_dir: Path = KNOWLEDGE_DIR,
+    crops: tuple[str, ...] | None = None,
+    seed: int = 1337,
+    size: int = 1200,
 ) -> None:
-    """Compose the crop dialogues; the same facts, seed and size give the same bytes.
+    """Compose the crop dialogues; the same facts, crops, seed and size give the same bytes.
+
+    The bundled set is `--config configs/tiny/dialogues.yaml`.
 
     Args:
         out_dir: where train.jsonl, val.jsonl and test.jsonl go.
         knowledge_dir: the folder of crop files.
+        crops: ids of the crops to speak of, e.g. [wheat, rice]; all by default.
         seed: fixes every choice.
         size: number of training dialogues; val and test get a tenth of it each.
     """
     knowledge = load_knowledge(knowledge_dir)
+    if crops is not None:
+        knowledge = knowledge.only(crops)
     splits = build_splits(knowledge, size=size, seed=seed)
     for split in SPLITS:
         write_jsonl(out_dir / f"{split}.jsonl", splits[split])

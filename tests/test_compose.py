@@ -244,12 +244,13 @@ def test_clarifying_answers_are_one_question(splits: dict[str, list[Record]]) ->
 
 
 def test_committed_files_are_what_the_command_writes(tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/prepare_data.py", "--out_dir", str(tmp_path), "--seed", "1337"]
+    command = [sys.executable, "scripts/prepare_data.py", "--config", "configs/tiny/dialogues.yaml"]
+    command += ["--out_dir", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     for split in SPLITS:
         written = (tmp_path / f"{split}.jsonl").read_bytes()
         assert written == (ROOT / f"data/dialogues/{split}.jsonl").read_bytes(), (
-            f"data/dialogues/{split}.jsonl is stale: run scripts/prepare_data.py"
+            f"data/dialogues/{split}.jsonl is stale: run scripts/prepare_data.py with its config"
         )
 
 
