@@ -191,7 +191,8 @@ class Knowledge:
 
     def crop_named(self, text: str) -> Crop | None:
         """The crop whose name stands in `text` as a word of its own; the longest name wins, `None` if there is none."""
-        words = " " + " ".join(_NOT_WORD.split(clean(text).lower())) + " "
+        # आम is mango, and "आम तौर पर" is "usually".
+        words = f" {' '.join(_NOT_WORD.split(clean(text).lower()))} ".replace(" आम तौर ", " ")
         found: tuple[int, Crop] | None = None
         for crop in self.crops.values():
             for name in (crop.name_hi, *crop.names):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from advisory import compose
 from advisory.case import WEATHERS, FarmCase, with_case_lines
@@ -227,7 +228,8 @@ def test_mix_and_lengths(splits: dict[str, list[Record]], knowledge: Knowledge) 
     kinds = Counter(record["meta"]["kind"] for record in train)
     assert 0.06 <= kinds["clarify"] / len(train) <= 0.10
     assert 0.03 <= kinds["safety"] / len(train) <= 0.05
-    assert {record["meta"]["problem"] for record in train} - {None} == set(knowledge.problems)
+    crops = yaml.safe_load((ROOT / "configs" / "tiny" / "dialogues.yaml").read_text(encoding="utf-8"))["crops"]
+    assert {record["meta"]["problem"] for record in train} - {None} == set(knowledge.only(crops).problems)
     advice = [record["messages"] for record in train if record["meta"]["problem"]]
     assert 15 <= statistics.fmean(compose.words(m[1]["content"]) for m in advice) <= 40
     assert 25 <= statistics.fmean(compose.words(m[2]["thought"]) for m in advice) <= 55
@@ -255,12 +257,12 @@ def test_committed_files_are_what_the_command_writes(tmp_path: Path) -> None:
 
 
 def test_seed_and_size_change_the_records(knowledge: Knowledge) -> None:
-    first, again = (build_splits(knowledge, size=200, seed=1) for _ in range(2))
-    other = build_splits(knowledge, size=200, seed=2)
+    first, again = (build_splits(knowledge, size=400, seed=1) for _ in range(2))
+    other = build_splits(knowledge, size=400, seed=2)
     assert first == again
     assert first["train"] != other["train"]
-    assert len(first["train"]) == 200
-    assert len(first["val"]) == len(first["test"]) == 20
+    assert len(first["train"]) == 400
+    assert len(first["val"]) == len(first["test"]) == 40
 
 
 def test_wrong_arguments_are_one_line(tmp_path: Path) -> None:

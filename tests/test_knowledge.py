@@ -50,8 +50,8 @@ def knowledge() -> Knowledge:
 
 
 def test_shipped_knowledge_is_broad_enough(knowledge: Knowledge) -> None:
-    assert len(knowledge.crops) >= 8
-    assert len(knowledge.problems) >= 40
+    assert len(knowledge.crops) >= 20
+    assert len(knowledge.problems) >= 156
     for crop in knowledge.crops.values():
         assert len(knowledge.of_crop(crop.id)) >= 5, crop.id
     assert {"wheat_yellow_rust", "wheat_nitrogen_deficiency"} <= set(knowledge.problems)
@@ -102,11 +102,21 @@ def test_chemical_name_check_can_fail() -> None:
         ("धान के पत्ते", "rice"),
         ("आलू में", "potato"),
         ("मौसम कैसा है", None),
+        ("आम के पेड़ पर बौर काला हो रहा है", "mango"),
+        ("आम तौर पर पानी कब देते हैं", None),
     ],
 )
 def test_crop_is_found_by_its_names(knowledge: Knowledge, text: str, crop: str | None) -> None:
     found = knowledge.crop_named(text)
     assert (found.id if found else None) == crop
+
+
+def test_a_part_of_the_crops(knowledge: Knowledge) -> None:
+    part = knowledge.only(["wheat", "okra"])
+    assert set(part.crops) == {"wheat", "okra"} and part.safety == knowledge.safety
+    assert {problem.crop_id for problem in part.problems.values()} == {"wheat", "okra"}
+    with pytest.raises(UserError, match="no crop barley; there are banana, "):
+        knowledge.only(["wheat", "barley"])
 
 
 def test_stage_follows_age(knowledge: Knowledge) -> None:
