@@ -23,10 +23,11 @@ from torch import Tensor
 from litgpt.chat import Span
 from litgpt.checkpoint import load_model, require_lit_dir
 from litgpt.cka import MINIMUM_ROWS, StreamingCKA, linear_cka, select_rows
+from litgpt.config import Config
 from litgpt.data import PackedLoader, read_records
 from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
-from litgpt.utils import UserError, atomic_file, parse_dtype, progress, run_cli, sha256_file
+from litgpt.utils import UserError, atomic_file, parse_device, parse_dtype, progress, run_cli, sha256_file
 
 SpanName = Literal["prompt", "thought", "answer"]
 RUNS = Path("out")
@@ -95,7 +96,9 @@ def main(
     for directory in (checkpoint_a, checkpoint_b):
         require_lit_dir(directory)
 
-    torch_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    torch_device = parse_device(device)
+    blocks = [Config.from_checkpoint(directory).block_size for directory in (checkpoint_a, checkpoint_b)]
+    max_seq_length = min(max_seq_length, *blocks)
     model_a = load_model(checkpoint_a, dtype=parse_dtype(dtype), device=torch_device)
     model_b = load_model(checkpoint_b, dtype=parse_dtype(dtype), device=torch_device)
     tokenizer = shared_tokenizer(checkpoint_a, model_a, checkpoint_b, model_b)
@@ -107,6 +110,7 @@ def main(
         seed=seed,
         shuffle=False,
     )
+    loader.say_dropped("of the given")
     print(
         f"a: {checkpoint_a}\nb: {checkpoint_b}\non {len(loader.records)} dialogues of {data}, spans {', '.join(spans)}"
     )

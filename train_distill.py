@@ -102,6 +102,11 @@ class Trainer:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        if not 0 <= settings.seed < 2**32:
+            raise UserError(f"seed is {settings.seed}, expected 0 ... 4294967295")
+        data = settings.data
+        for path in (settings.student, settings.base, settings.teacher, data.train, data.val):
+            rundir.refuse_input(settings.out_dir, path)
         self.start = rundir.start_point(settings.out_dir, settings.resume, overwrite=settings.overwrite)
         checkpoint = rundir.load_checkpoint(self.start) if self.start else None
         require_lit_dir(settings.student, first="python scripts/upcycle_moe.py")
@@ -127,6 +132,9 @@ class Trainer:
         self.loader = packed(records["train"], rank=self.fabric.global_rank, world_size=self.fabric.world_size)
         # Every rank validates on everything: CKA of the whole set is no sum over ranks, and the set is small.
         self.val_loader = packed(records["val"], shuffle=False)
+        if self.fabric.is_global_zero:
+            self.loader.say_dropped("training")
+            self.val_loader.say_dropped("validation")
         self.view = self.teacher.read(self.loader) if self.teacher else None
         self.val_view = self.teacher.read(self.val_loader) if self.teacher else None
         per_epoch = len(self.loader) / settings.optim.accumulation
@@ -428,9 +436,10 @@ class Trainer:
         }
 
     def _write_hyperparameters(self) -> None:
-        """Every setting as resolved; the file is a `--config` that repeats the run."""
+        """Every setting as resolved; the file is a `--config` that repeats the run, but never replaces one."""
+        settings = {key: value for key, value in self.settings.plain().items() if key not in ("resume", "overwrite")}
         with atomic_file(self.settings.out_dir / "hyperparameters.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(self.settings.plain(), sort_keys=False), encoding="utf-8")
+            temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
     def _keep_metrics_up_to(self, step: int) -> None:
         """Carry the lines of metrics.csv that the checkpoint knows of into the new logger, which starts it afresh."""
@@ -438,7 +447,9 @@ class Trainer:
         if not self.fabric.is_global_zero or not path.is_file():
             return
         with path.open(encoding="utf-8", newline="") as file:
-            lines = [line for line in csv.DictReader(file) if int(line["step"]) <= step]
+            # A kill may have cut the last line.
+            lines = [line for line in csv.DictReader(file) if (line["step"] or "").isdecimal()]
+        lines = [line for line in lines if int(line["step"]) <= step]
         for line in lines:
             values = {name: float(value) for name, value in line.items() if value and name != "step"}
             self.fabric.loggers[0].log_metrics(values, int(line["step"]))

@@ -21,7 +21,7 @@ from litgpt.checkpoint import load_model, require_lit_dir
 from litgpt.data import tags_of
 from litgpt.generate import generate, new_cache
 from litgpt.tokenizer import Tokenizer
-from litgpt.utils import UserError
+from litgpt.utils import UserError, parse_device
 
 __all__ = ["DISCLAIMER_HI", "Advisor", "Answer", "Piece", "clean_question", "default_checkpoint"]
 
@@ -98,9 +98,7 @@ class Advisor:
         self.tokenizer = Tokenizer(directory)
         self.tags = tags_of(self.tokenizer)
         self._opening, self._closing = tag_ids(self.tokenizer, self.tags)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = load_model(directory, device=device, dtype=dtype)
+        self.model = load_model(directory, device=parse_device(device), dtype=dtype)
         rows = self.model.config.padded_vocab_size
         if self.tokenizer.vocab_size > rows:
             raise UserError(
@@ -261,14 +259,14 @@ def clean_question(question: str) -> str:
 
 
 def default_checkpoint() -> Path:
-    """The checkpoint that the project's own commands leave behind: the demo's, else the real recipe's.
+    """The checkpoint that the project's own commands left behind last: the demo's or the real recipe's.
 
     Raises:
         UserError: neither is there.
     """
-    for directory in CHECKPOINTS:
-        if directory.is_dir():
-            return require_lit_dir(directory)
+    found = [directory for directory in CHECKPOINTS if directory.is_dir()]
+    if found:
+        return require_lit_dir(max(found, key=lambda directory: directory.stat().st_mtime))
     raise UserError(
         f"no trained model in {' or '.join(map(str, CHECKPOINTS))}: run first make demo (minutes), or "
         "python train_distill.py (the real recipe); or give --checkpoint_dir"

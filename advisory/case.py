@@ -180,18 +180,22 @@ class FarmCase:
 
 
 # "60 दिन", "60-दिन", "60 din", "60 days"; \d takes Devanagari digits as well.
-_AGE_DAYS = re.compile(r"(?<!\d)(\d{1,3})[\s-]*(?:दिन|din\b|days?\b)", re.IGNORECASE)
+# What follows tells an age from a time span: "3 दिन से पीले हैं", "2 दिन पहले", "5 din baad".
+_AGE_DAYS = re.compile(
+    r"(?<!\d)(\d{1,3})[\s-]*(?:दिनों|दिन|din\b|days?\b)(?!\s*(?:से|पहले|बाद|में|तक|se\b|pehle|pahle|baad|bad\b|me\b|ago|later))",
+    re.IGNORECASE,
+)
 
 
 def with_case_lines(question: str, knowledge: Knowledge) -> str:
     """A farmer's question followed by the three case lines that say what was understood of it.
 
-    Crop and age are read from the words; weather and soil are said to be unknown. A question without a crop we know, or
-    with case lines of its own, stays as it is.
+    Crop and age are read from the words (two different ages are none); weather and soil are said to be unknown. A
+    question without a crop we know, or with case lines of its own, stays as it is.
     """
     crop = knowledge.crop_named(question)
     if crop is None or "\n" in question:
         return question
-    age = _AGE_DAYS.search(question)
-    case = FarmCase(crop=crop.id, age_days=int(age[1]) if age else None)
+    ages = {int(days) for days in _AGE_DAYS.findall(question)}
+    case = FarmCase(crop=crop.id, age_days=ages.pop() if len(ages) == 1 else None)
     return f"{question}\n{case.render(crop)}"

@@ -191,7 +191,8 @@ class Knowledge:
 
     def crop_named(self, text: str) -> Crop | None:
         """The crop whose name stands in `text` as a word of its own; the longest name wins, `None` if there is none."""
-        # आम is mango, and "आम तौर पर" is "usually".
+        # "500 gram" is no chickpea; आम is mango, and "आम तौर पर" is "usually".
+        text = re.sub(r"\d\s*gram\b", " ", text, flags=re.IGNORECASE)
         words = f" {' '.join(_NOT_WORD.split(clean(text).lower()))} ".replace(" आम तौर ", " ")
         found: tuple[int, Crop] | None = None
         for crop in self.crops.values():

@@ -11,8 +11,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from litgpt.keymap import (
     row_count,
 )
 from litgpt.model import GPT
-from litgpt.safetensorfile import HFReader, HFWriter
+from litgpt.safetensorfile import HF_INDEX, HFReader, HFWriter
 from litgpt.tensorfile import LIT_FILE, LitReader, LitWriter, Spec, full_disk_is_users_error
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError, atomic_dir, atomic_file, progress, sha256_file
@@ -227,7 +228,7 @@ def save_lit_dir(
         ValueError: `state` is not a state of `config`.
     """
     out_dir, source_dir = Path(out_dir), Path(source_dir)
-    _refuse_foreign(out_dir, marks=(LIT_FILE,))
+    _refuse_foreign(out_dir, mark=LIT_FILE)
     tied = config.tie_embeddings
     in_memory, on_disk = layout(config, "memory", tied=tied), layout(config, "lit", tied=tied)
     given = {name: tensor for name, tensor in state.items() if not (tied and name == LIT_HEAD)}
@@ -343,7 +344,7 @@ def convert_lit_to_hf(
         raise UserError(f"max_shard_bytes is {max_shard_bytes}, expected a positive number of bytes")
     if out_dir.resolve() == directory.resolve():
         raise UserError(f"{out_dir} is the checkpoint itself; give another out_dir")
-    _refuse_foreign(out_dir, marks=(PROVENANCE_FILE, HF_CONFIG_FILE), never=LIT_FILE)
+    _refuse_all_but_exports(out_dir)
     config = Config.from_checkpoint(directory)
     tied = config.tie_embeddings
     reader = LitReader(directory)
@@ -362,8 +363,9 @@ def convert_lit_to_hf(
             for name in progress(target.names, f"exporting {config.name}", unit="tensor"):
                 writer.write(name, assemble(target, name, source, reader.read_rows))
         copy_sidecars(directory, temporary)
-        tokenizer = Tokenizer(directory)
-        if tokenizer.thought_ids is not None:
+        # Only ours have it, and not every family's tokenizer is one that we can run.
+        if "<thought>" in (directory / "tokenizer.json").read_text(encoding="utf-8"):
+            tokenizer = Tokenizer(directory)
             tokenizer.chat_template = chat_template("thought")
             tokenizer.save(temporary)
             _stop_at_end_of_turn(temporary / GENERATION_FILE, tokenizer)
@@ -492,13 +494,22 @@ def _common_dtype(directory: Path, name: str, target: Layout, source: Layout, re
     return dtypes.pop()
 
 
-def _refuse_foreign(out_dir: Path, *, marks: Iterable[str], never: str | None = None) -> None:
-    """Raise `UserError` for a directory with content that is not of our making, which would be lost."""
+def _refuse_foreign(out_dir: Path, *, mark: str | None = None) -> None:
+    """Raise `UserError` for a directory with content not of our making (without `mark`), which would be lost."""
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return
-    ours = out_dir.is_dir() and all((out_dir / mark).is_file() for mark in marks)
-    if not ours or (never and (out_dir / never).exists()):
+    if mark is None or not (out_dir / mark).is_file():
         raise UserError(f"{out_dir} holds other files; give an empty or new directory, or remove it first")
+
+
+def _refuse_all_but_exports(out_dir: Path) -> None:
+    """Raise `UserError` unless `out_dir` is absent, empty, or an export of ours with no file added."""
+    own = {PROVENANCE_FILE, HF_CONFIG_FILE, GENERATION_FILE, HF_INDEX, *TOKENIZER_FILES}
+    if out_dir.is_dir() and "exported_from" in read_provenance(out_dir):
+        added = {path.name for path in out_dir.iterdir()} - own
+        if all(re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name) for name in added):
+            return
+    _refuse_foreign(out_dir)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

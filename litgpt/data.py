@@ -12,6 +12,7 @@ import codecs
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -258,6 +259,16 @@ class PackedLoader:
             )
         self._digest = digest.hexdigest()
         self._packed: tuple[int, list[list[int]]] | None = None
+
+    def say_dropped(self, what: str) -> None:
+        """One line on stderr if dialogues were left out."""
+        if self.dropped:
+            total = len(self.dropped) + len(self.records)
+            print(
+                f"{len(self.dropped)} of {total} {what} dialogues have more than {self.max_seq_length} tokens "
+                f"(max_seq_length) and are left out, e.g. {self.dropped[0]}",
+                file=sys.stderr,
+            )
 
     def __len__(self) -> int:
         """Micro-batches of the current epoch on this rank."""

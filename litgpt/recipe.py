@@ -77,6 +77,10 @@ class DataSettings:
     micro_batch_size: int = 8
     """Rows that a device works on at one time."""
 
+    def __post_init__(self) -> None:
+        if self.micro_batch_size < 1 or self.max_seq_length < 2:
+            raise UserError("data: expected micro_batch_size of at least 1 and max_seq_length of at least 2")
+
 
 @dataclass
 class OptimSettings:
@@ -104,6 +108,8 @@ class OptimSettings:
     def __post_init__(self) -> None:
         if self.accumulation < 1 or (self.steps is not None and self.steps < 1) or self.epochs <= 0:
             raise UserError("optim: accumulation, steps and epochs must be positive")
+        if not all(0 <= beta < 1 for beta in self.betas) or self.weight_decay < 0:
+            raise UserError("optim: expected betas in 0 ... 1, below 1, and weight_decay of 0 or more")
         if not 0 <= self.min_lr <= self.lr or not 0 <= self.warmup <= 1 or self.clip <= 0:
             raise UserError("optim: expected 0 <= min_lr <= lr, warmup in 0 ... 1 and clip > 0")
 

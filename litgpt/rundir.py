@@ -83,23 +83,43 @@ def start_point(out_dir: Path, resume: str, *, overwrite: bool) -> Path | None:
         a checkpoint, or `None` to start at step 0.
 
     Raises:
-        UserError: the run is finished, or `none` would mix a new run with an old one.
+        UserError: the run is finished, `none` would mix a new run with an old one, a named checkpoint is not the newest
+            of its run, or `overwrite` would delete it.
     """
     if overwrite:
+        if resume not in ("auto", "none"):
+            raise UserError("--resume names a checkpoint and --overwrite would delete it: give one of them")
         return None
     if (out_dir / FINAL).exists():
         raise UserError(
             f"{out_dir} holds a finished run: choose another --out_dir, or replace it with --overwrite true"
         )
-    if resume not in ("auto", "none"):
-        return Path(resume)
     found = checkpoints(out_dir)
+    if resume not in ("auto", "none"):
+        names = [path.name for path in found]
+        here = Path(resume).resolve().parent == out_dir.resolve() and Path(resume).name in names
+        newer = names[names.index(Path(resume).name) + 1 :] if here else []
+        if newer:
+            raise UserError(
+                f"{out_dir} holds checkpoints newer than {resume} ({', '.join(newer)}): "
+                "delete them to go back, or give another --out_dir"
+            )
+        return Path(resume)
     if found and resume == "none":
         raise UserError(
             f"{out_dir} holds an unfinished run at {found[-1].name}: go on with --resume auto, "
             "or replace it with --overwrite true"
         )
     return found[-1] if found else None
+
+
+def refuse_input(out_dir: Path, path: Path) -> None:
+    """Raise `UserError` for a model or a file that the run would read from what it writes or clears itself."""
+    inside = path.resolve()
+    if inside.is_relative_to(out_dir.resolve()):
+        first = inside.relative_to(out_dir.resolve()).parts[:1]
+        if not first or first[0] in _OWN_ENTRIES or first[0].startswith("step-"):
+            raise UserError(f"{path} lies in --out_dir {out_dir}, which this run writes: give another --out_dir")
 
 
 def clear(out_dir: Path, *, everything: bool) -> None:

@@ -72,6 +72,7 @@ class Upcycled:
 def default_out_dir(checkpoint_dir: str | os.PathLike[str], n_expert: int, n_expert_per_token: int) -> Path:
     """Where the mixture of experts goes if nothing else is said: beside the dense model."""
     directory = Path(os.path.normpath(checkpoint_dir))
+    directory = directory if directory.name else directory.resolve()  # "."
     return directory.with_name(f"{directory.name}-MoE-{n_expert}x{n_expert_per_token}")
 
 

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,7 @@ __all__ = [
     "atomic_dir",
     "atomic_file",
     "linear_cka",
+    "parse_device",
     "parse_dtype",
     "progress",
     "run_cli",
@@ -78,6 +80,8 @@ def run_cli(function: Callable[..., Any], *, args: list[str] | None = None, posi
         # The reader of our output has left (`| head`); Python would complain once more while flushing at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        _exit(f"{error.filename}: {(error.strerror or 'cannot be used').lower()}; check the path and its permissions")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -141,6 +145,7 @@ def atomic_dir(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
     path = Path(path)
     if path.exists() and not replace:
         raise UserError(f"{path} exists already; choose another directory or remove it first")
+    path = path if path.name else path.resolve()  # "."
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_beside(path)
     temporary.mkdir()
@@ -211,6 +216,22 @@ def progress(iterable: Iterable[T], description: str, *, total: int | None = Non
     """`iterable` with a progress bar on stderr, silent when stderr is no terminal."""
     bar: Iterable[T] = tqdm(iterable, desc=description, total=total, unit=unit, disable=None, leave=False)
     return bar
+
+
+def parse_device(name: str) -> torch.device:
+    """`"auto"` (a GPU where there is one), `"cpu"`, `"cuda"` or `"cuda:1"` → the torch device.
+
+    Raises:
+        UserError: another name, or a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise UserError(f"device {name!r}: expected auto, cpu, cuda or cuda:N")
+    if name != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs that torch can use")
+    return torch.device(name)
 
 
 def parse_dtype(name: str) -> torch.dtype:

@@ -56,8 +56,8 @@ def copy_checkpoints(source: Path, target: Path) -> None:
                 f"{source / name} holds no model.safetensors: restore it from the repository, or make it with "
                 "python scripts/make_tiny.py --config configs/tiny/models.yaml"
             )
-    shutil.rmtree(target, ignore_errors=True)
     for name in ("base", "teacher"):
+        shutil.rmtree(target / name, ignore_errors=True)
         shutil.copytree(source / name, target / name)
         print(f"copied {source / name} to {target / name}")
 

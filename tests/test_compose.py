@@ -288,3 +288,16 @@ def test_wrong_arguments_are_one_line(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_a_question_says_of_the_case(knowledge: Knowledge, question: str, lines: list[str]) -> None:
     assert with_case_lines(question, knowledge).splitlines()[1:] == lines
+
+
+@pytest.mark.parametrize(
+    ("question", "first"),
+    [
+        ("गेहूं के पत्ते 3 दिन से पीले हैं", "फसल: गेहूं, उम्र पता नहीं"),
+        ("गेहूं में 5 दिन पहले पानी दिया, फसल 60 दिन की है", "फसल: गेहूं, 60 दिन, गांठ बनना"),
+        ("धान में 500 gram यूरिया डाला, फसल ४५ दिन की", "फसल: धान, 45 दिन, कल्ले फूटना"),
+        ("एक गेहूं 30 दिन का है और एक 60 दिन का", "फसल: गेहूं, उम्र पता नहीं"),
+    ],
+)
+def test_what_is_no_age_is_not_taken_for_one(knowledge: Knowledge, question: str, first: str) -> None:
+    assert with_case_lines(question, knowledge).splitlines()[1] == first

@@ -50,8 +50,8 @@ def knowledge() -> Knowledge:
 
 
 def test_shipped_knowledge_is_broad_enough(knowledge: Knowledge) -> None:
-    assert len(knowledge.crops) >= 20
-    assert len(knowledge.problems) >= 156
+    assert len(knowledge.crops) >= 22
+    assert len(knowledge.problems) >= 174
     for crop in knowledge.crops.values():
         assert len(knowledge.of_crop(crop.id)) >= 5, crop.id
     assert {"wheat_yellow_rust", "wheat_nitrogen_deficiency"} <= set(knowledge.problems)

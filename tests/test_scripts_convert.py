@@ -244,6 +244,24 @@ def test_a_conversion_cut_short_is_not_taken_for_a_whole_one(hf_dir: Path, monke
     assert load_model(hf_dir).config.tie_embeddings
 
 
+def test_an_export_replaces_an_export_and_nothing_else(hf_dir: Path) -> None:
+    convert_hf_to_lit(hf_dir)
+    out = hf_dir.parent / "out"
+    convert_lit_to_hf(hf_dir, out)
+    convert_lit_to_hf(hf_dir, out, max_shard_bytes=20_000)
+    assert not (out / "model.safetensors").exists()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        convert_lit_to_hf(hf_dir, out)
+    (out / "notes.txt").unlink()
+    # A downloaded model whose lit_model.pth was deleted again.
+    other = shutil.copytree(hf_dir, hf_dir.parent / "other")
+    (other / LIT_FILE).unlink()
+    with pytest.raises(UserError, match="holds other files"):
+        convert_lit_to_hf(hf_dir, other)
+    assert (other / "model.safetensors").is_file()
+
+
 def test_a_known_name_gives_litgpts_config_only_where_config_json_agrees(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 512}
     build_hf_dir(tmp_path / "Qwen3-0.6B", "qwen3-tied", **sizes)

@@ -7,11 +7,13 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,7 @@ def test_a_run_leaves_everything_the_next_rooms_need(world: World, finished: Pat
     assert settings["base"] == str(world.base)
     assert settings["run"]["precision"] == "32-true"
     distilled = read_provenance(finished / "final")["distilled"]
-    assert distilled["settings"] == settings
+    assert distilled["settings"] == settings | {"resume": "auto", "overwrite": False}
     assert len(distilled["train_sha256"]) == 64
     assert Tokenizer(finished / "final").thought_ids == Tokenizer(world.student).thought_ids
 
@@ -384,6 +386,70 @@ def test_a_save_that_fails_leaves_the_older_checkpoint(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: no room left on the disk while writing") and done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
     assert rundir.load_checkpoint(rundir.checkpoints(tmp_path)[-1]) == {"step": 1}
+
+
+def test_a_run_does_not_read_from_what_it_replaces(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out_dir = tmp_path / "out"
+    kept = out_dir / "final" / "kept"
+    shutil.copytree(world.student, out_dir / "final")
+    kept.write_text("kept")
+    complaint = fails(capsys, flags(world, out_dir, student=out_dir / "final", base=world.base, overwrite="true"))
+    assert "lies in --out_dir" in complaint
+    complaint = fails(capsys, flags(world, out_dir, overwrite="true", resume=out_dir / "step-000002"))
+    assert "give one of them" in complaint
+    assert kept.read_text() == "kept"
+
+
+def test_going_back_needs_the_newer_checkpoints_out_of_the_way(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        (tmp_path / f"step-{step:06d}").mkdir()
+        (tmp_path / f"step-{step:06d}" / rundir.STATE_FILE).write_bytes(b"")
+    with pytest.raises(UserError, match=r"newer than .*step-000002 \(step-000004, step-000006\)"):
+        rundir.start_point(tmp_path, str(tmp_path / "step-000002"), overwrite=False)
+    newest = tmp_path / "step-000006"
+    assert rundir.start_point(tmp_path, str(newest), overwrite=False) == newest
+    assert rundir.start_point(tmp_path / "other", str(tmp_path / "step-000002"), overwrite=False)
+
+
+def test_dialogues_left_out_are_said(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(world, tmp_path)
+    lengths = sorted(len(document.ids_T) for document in trainer.loader.documents)
+    trainer.settings.data.max_seq_length = lengths[len(lengths) // 2]
+    Trainer(replace(trainer.settings, out_dir=tmp_path / "short"))
+    said = capsys.readouterr().err
+    assert re.search(r"\d+ of \d+ training dialogues have more than \d+ tokens", said)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.micro_batch_size": 0}, "micro_batch_size of at least 1"),
+        ({"optim.betas": "[0.9,1.0]"}, "betas"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_numbers_that_make_no_sense(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    assert message in fails(capsys, flags(world, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_dir_that_is_a_file(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("mine")
+    fails(capsys, flags(world, tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_cut_line_of_metrics_is_passed_over(world: World, tmp_path: Path) -> None:
+    trainer = make_trainer(world, tmp_path)
+    (tmp_path / "metrics.csv").write_text("loss,step\n1.5,1\n1.4,2\n1.")
+    trainer._keep_metrics_up_to(1)
+    trainer.fabric.loggers[0].finalize("success")
+    with (tmp_path / "metrics.csv").open() as file:
+        assert [line["step"] for line in csv.DictReader(file)] == ["1"]
 
 
 def test_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:

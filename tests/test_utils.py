@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt.utils import UserError, atomic_dir, atomic_file, parse_dtype, run_cli, sha256_file
+from litgpt.utils import UserError, atomic_dir, atomic_file, parse_device, parse_dtype, run_cli, sha256_file
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,13 @@ def test_a_full_disk_is_a_users_line_and_keeps_the_old_file(tmp_path: Path) -> N
         assert [file.name for file in mount.iterdir()] == ["f"]
     finally:
         subprocess.run(["umount", mount], check=True)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_there(name: str) -> None:
+    assert parse_device("cpu") == torch.device("cpu") and parse_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(UserError, match=f"device '{name}'"):
+        parse_device(name)
 
 
 def test_hash_and_dtype_names(tmp_path: Path) -> None:
