@@ -1,95 +1,112 @@
-"""The crop facts in `data/knowledge/*.yaml`, read strictly into frozen dataclasses.
+"""The crop facts in `data/knowledge/*.yaml` as typed, frozen models.
 
-One file is one crop with its problems (diseases, pests, shortages) and the sources each problem rests on.
-A file that breaks the schema is refused with its name, the problem and the fault: a farmer reads what stands here.
-Advice never holds a dose; `DOSE` is the pattern that finds one. Files whose name starts with `_` are not crops.
+One file is one crop with its problems (diseases, pests, weeds, shortages, stress) and the sources that each group of
+claims rests on. A file that breaks the schema is refused with its line: a farmer reads what stands here. What needs a
+second file (the status of a chemical) is checked by `advisory/check.py`. Files named `_…` are not crops.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-import yaml
+from pydantic import AfterValidator, Field, Strict, model_validator
 
+from advisory.texts import DOSE as DOSE
+from advisory.texts import Advice, AdviceLines, Advices, SomeAdvices, SomeTexts, Text, Texts
+from advisory.texts import Source as Source
+from advisory.texts import bare_words as bare_words
+from advisory.texts import clean as clean
+from advisory.yamlfile import Fault, Loc, Model, YamlFile, read_or_refuse, refuse
 from litgpt.utils import UserError
 
 KNOWLEDGE_DIR = Path("data/knowledge")
 SAFETY_FILE = "_safety.yaml"
 
-KINDS = frozenset(
-    {"fungal", "bacterial", "viral", "insect", "mite", "nematode", "nutrient", "water", "weed", "abiotic"}
-)
-PARTS = frozenset(
-    {
-        "leaf", "stem", "root", "ear", "panicle", "tassel", "cob", "fruit", "pod", "boll", "bulb", "tuber", "whole",
-        "flower", "grain"
-    }
-)  # fmt: skip
-WEATHERS = frozenset({"cool_humid", "warm_humid", "hot_dry", "cool_dry", "rain", "waterlogged", "frost", "any"})
-SOIL_FLAGS = frozenset(
-    {
-        "low_n", "low_p", "low_k", "low_s", "low_zn", "low_fe", "low_b", "low_mn", "low_cu", "low_ca", "low_mg",
-        "low_oc", "high_n", "low_ph", "high_ph", "saline", "sandy", "heavy", "waterlogged"
-    }
-)  # fmt: skip
-URGENCIES = frozenset({"high", "medium", "low"})
-DAY_BASES = frozenset({"sowing", "transplanting", "planting"})
-READ_DEPTHS = frozenset({"page", "abstract", "excerpt"})
+Kind = Literal[
+    "fungal", "bacterial", "viral", "insect", "mite", "nematode", "nutrient", "water", "weed", "abiotic"
+]  # fmt: skip
+Part = Literal[
+    "leaf", "stem", "root", "ear", "panicle", "tassel", "cob", "fruit", "pod", "boll", "bulb", "tuber", "whole",
+    "flower", "grain",
+]  # fmt: skip
+FavouringWeather = Literal[
+    "cool_humid", "warm_humid", "hot_dry", "cool_dry", "rain", "waterlogged", "frost", "any"
+]  # fmt: skip
+SoilFlag = Literal[
+    "low_n", "low_p", "low_k", "low_s", "low_zn", "low_fe", "low_b", "low_mn", "low_cu", "low_ca", "low_mg",
+    "low_oc", "high_n", "low_ph", "high_ph", "saline", "sandy", "heavy", "waterlogged",
+]  # fmt: skip
+ClaimGroup = Literal["signs", "days", "weather", "soil", "checks", "measures"]
+CLAIM_GROUPS: tuple[ClaimGroup, ...] = ("signs", "days", "weather", "soil", "checks", "measures")
 
 MIN_SYMPTOMS = 5
-
-DOSE = re.compile(
-    r"[0-9०-९]\s*(?:-|से\s*)?[0-9०-९.]*\s*"
-    r"(?:%|प्रतिशत|फीसदी|ppm|पीपीएम|मिली|मि\.?\s?ली|एमएल|ml\b|सीसी|cc\b|लीटर|ltr|litre|liter|ली\.|ग्राम|gm?\b|mg\b|किग्रा|"
-    r"कि\.?\s?ग्रा|किलो|kg\b|क्विंटल|चम्मच|ढक्कन|पैकेट|बोरी|बोरा|E\.?C\b|W\.?P\b|S\.?L\b|S\.?C\b|W\.?G\b|ईसी|डब्ल्यूपी|एसएल)",
-    re.IGNORECASE,
-)
-"""A number with a unit of amount or a formulation: what a dose looks like."""
+SAME_SYMPTOM = 0.8
+"""Two symptoms whose letter trigrams overlap by so much (Jaccard) are one and the same to a reader."""
 
 
-_NOT_WORD = re.compile(r"[^\w\u0900-\u0963]+")
-"""What separates words; `\\w` alone would split at vowel signs."""
+def _month_day(value: str) -> str:
+    if not re.fullmatch(r"(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", value):
+        raise ValueError(f"must be a month and a day like 11-05, found {value!r}")
+    return value
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a fact was read."""
-
-    key: str
-    title: str
-    publisher: str
-    year: int | None
-    url: str
-    read: str
-    """How much of it was seen: `page`, `abstract` or `excerpt`."""
+Symptoms = Annotated[Advices, Field(min_length=MIN_SYMPTOMS)]
+Day = Annotated[int, Strict(), Field(ge=0)]
+MonthDay = Annotated[str, AfterValidator(_month_day)]
 
 
-@dataclass(frozen=True)
-class Stage:
+class Names(Model):
+    """What something is called: the first Hindi name is the one we use, all of them are understood."""
+
+    hi: SomeTexts
+    hinglish: SomeTexts
+    en: SomeTexts
+    misspelt: SomeTexts
+    scientific: Text | None = None
+
+    @cached_property
+    def all(self) -> tuple[str, ...]:
+        """Every name and misspelling in every script, without the scientific one."""
+        return tuple(dict.fromkeys((*self.hi, *self.hinglish, *self.en, *self.misspelt)))
+
+
+class Stage(Model):
     """A growth stage, in days after the crop's day basis, both ends included."""
 
-    id: str
-    name_hi: str
-    from_day: int
-    to_day: int
+    id: Text
+    name_hi: Text
+    from_day: Day
+    to_day: Day
 
 
-@dataclass(frozen=True)
-class Crop:
-    """A crop, its names as farmers write them, and its contiguous stages."""
+class SowingWindow(Model):
+    """When a crop is sown, transplanted or planted somewhere."""
 
-    id: str
-    name_hi: str
-    names: tuple[str, ...]
-    season_hi: str
-    day_basis: str
-    stages: tuple[Stage, ...]
-    sources: tuple[Source, ...]
+    where_hi: Text
+    start: MonthDay = Field(alias="from")
+    end: MonthDay = Field(alias="to")
+    sources: SomeTexts
+
+
+class Crop(Model):
+    """A crop and its contiguous stages."""
+
+    id: Annotated[str, Field(pattern=r"^[a-z]+$")]
+    names: Names
+    seasons: Annotated[tuple[Literal["rabi", "kharif", "zaid", "perennial"], ...], Field(min_length=1)]
+    sowing: Annotated[tuple[SowingWindow, ...], Field(min_length=1)]
+    day_basis: Literal["sowing", "transplanting", "planting"]
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    sources: SomeTexts
+
+    @property
+    def name_hi(self) -> str:
+        return self.names.hi[0]
 
     @property
     def last_day(self) -> int:
@@ -101,81 +118,159 @@ class Crop:
         return next((stage for stage in self.stages if stage.from_day <= age_days <= stage.to_day), None)
 
 
-@dataclass(frozen=True)
-class FavouredBy:
+class FavouredBy(Model):
     """The weather that brings a problem."""
 
-    weather: str
-    weather_hi: str
-    weather_en: str
+    weather: FavouringWeather
+    weather_hi: Text
+    weather_en: Text
 
 
-@dataclass(frozen=True)
-class LookAlike:
+class LookAlike(Model):
     """Another problem of the same crop that looks alike, and the check that tells them apart."""
 
-    id: str
-    check_hi: str
-    check_en: str
+    id: Text
+    check_hi: Advice
+    check_en: Text
 
 
-@dataclass(frozen=True)
-class Problem:
+class Amount(Model):
+    """So much of something, on something: 200 ml per acre, 0.1 %."""
+
+    amount: Annotated[float, Field(gt=0, allow_inf_nan=False)] | tuple[float, float]
+    unit: Literal["g", "kg", "ml", "l", "%", "ppm"]
+    per: Literal["acre", "hectare", "litre_water", "kg_seed", "plant"] | None = None
+
+    @model_validator(mode="after")
+    def _has_a_basis(self) -> Amount:
+        if isinstance(self.amount, tuple) and not 0 < self.amount[0] < self.amount[1] < float("inf"):
+            raise ValueError(f"amount {list(self.amount)} is no range")
+        if (self.unit in {"%", "ppm"}) != (self.per is None):
+            raise ValueError("g, kg, ml and l need `per`; % and ppm have none")
+        return self
+
+
+class Chemical(Model):
+    """An active ingredient (or a fertiliser) that a source recommends for this problem of this crop."""
+
+    ai: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9 ,.+()-]*$")]
+    name_hi: Text
+    formulation: Text
+    use: Literal["spray", "seed_treatment", "seedling_dip", "soil", "bait", "fertiliser"]
+    dose: Amount | None = None
+    water: Amount | None = None
+    waiting_days: Day | None = None
+    sources: SomeTexts
+
+
+class Problem(Model):
     """What can be wrong with a crop: how it shows, how it is told apart, what to do."""
 
-    id: str
-    crop_id: str
-    name_hi: str
-    name_en: str
-    scientific_name: str | None
-    kind: str
-    names: tuple[str, ...]
-    parts: tuple[str, ...]
-    days: tuple[int, int]
+    id: Annotated[str, Field(pattern=r"^[a-z]+_[a-z0-9_]+$")]
+    names: Names
+    kind: Kind
+    parts: Annotated[tuple[Part, ...], Field(min_length=1)]
+    days: tuple[Day, Day]
     """The usual window, in days after the crop's day basis, both ends included."""
-    symptoms_hi: tuple[str, ...]
+    symptoms_hi: Symptoms
     """A farmer's own words, without the name of the problem."""
-    signs_hi: str
-    signs_en: str
+    signs_hi: Advice
+    signs_en: Text
     favoured_by: FavouredBy
-    soil_links: tuple[str, ...]
+    soil_links: tuple[SoilFlag, ...]
     look_alikes: tuple[LookAlike, ...]
-    cultural_hi: tuple[str, ...]
-    biological_hi: tuple[str, ...]
-    chemical_hi: str | None
-    """Where to ask about chemicals; never a product or a dose."""
-    prevention_hi: tuple[str, ...]
-    urgency: str
-    urgency_hi: str
-    sources: tuple[Source, ...]
+    cultural_hi: SomeAdvices
+    biological_hi: Advices
+    chemical_hi: Advice | None = None
+    """Where to ask about chemicals, in words."""
+    chemicals: tuple[Chemical, ...] = ()
+    prevention_hi: SomeAdvices
+    urgency: Literal["high", "medium", "low"]
+    urgency_hi: Advice
+    kvk_hi: Advice
+    """When to go to the Krishi Vigyan Kendra."""
+    sources: Mapping[ClaimGroup, SomeTexts]
+    inferred: tuple[ClaimGroup, ...]
+    """Groups of claims that no page we read states: they follow from stages and general knowledge of the crop."""
+
+    @property
+    def crop_id(self) -> str:
+        return self.id.partition("_")[0]
+
+    @property
+    def name_hi(self) -> str:
+        return self.names.hi[0]
+
+    @property
+    def name_en(self) -> str:
+        return self.names.en[0]
 
     def in_window(self, age_days: int) -> bool:
         """Whether the age in days lies in the usual window."""
         return self.days[0] <= age_days <= self.days[1]
 
+    @property
+    def claims(self) -> tuple[ClaimGroup, ...]:
+        """The groups of claims that this problem makes."""
+        made = {"soil": self.soil_links, "checks": self.look_alikes, "weather": self.favoured_by.weather != "any"}
+        return tuple(group for group in CLAIM_GROUPS if made.get(group, True))
 
-@dataclass(frozen=True)
-class SafetyTopic:
+
+class CropFile(Model):
+    """A whole file."""
+
+    crop: Crop
+    problems: Annotated[tuple[Problem, ...], Field(min_length=1)]
+    sources: Mapping[str, Source]
+
+
+class SafetyTopic(Model):
     """A request that is no crop question (poisoning, a banned chemical, something else) and its one safe answer."""
 
-    id: str
-    questions_hi: tuple[str, ...]
-    thought_en: str
-    answer_hi: str
-    sources: tuple[Source, ...]
+    id: Text
+    questions_hi: Symptoms
+    questions_hinglish: Texts = ()
+    thought_en: Text
+    answer_hi: AdviceLines
+    sources: Texts
+
+
+class SafetyLine(Model):
+    """A sentence of caution, for instance about gloves and mask."""
+
+    text_hi: Advice
+    sources: SomeTexts
+
+
+class SafetyFile(Model):
+    """The file of safe answers."""
+
+    topics: tuple[SafetyTopic, ...]
+    lines: Mapping[str, SafetyLine] = {}
+    sources: Mapping[str, Source]
 
 
 @dataclass(frozen=True)
 class Knowledge:
-    """All crops, their problems, and the safe answers."""
+    """All crops, their problems, the safe answers, and the sources of each file."""
 
     crops: Mapping[str, Crop]
     problems: Mapping[str, Problem]
     safety: tuple[SafetyTopic, ...]
+    lines: Mapping[str, SafetyLine]
+    sources: Mapping[str, Mapping[str, Source]]
+    """Crop id, or `safety` → key → source."""
 
     def of_crop(self, crop_id: str) -> tuple[Problem, ...]:
         """The problems of one crop, in file order; empty for an unknown crop."""
-        return tuple(problem for problem in self.problems.values() if problem.crop_id == crop_id)
+        return self._by_crop.get(crop_id, ())
+
+    @cached_property
+    def _by_crop(self) -> dict[str, tuple[Problem, ...]]:
+        return {
+            crop_id: tuple(problem for problem in self.problems.values() if problem.crop_id == crop_id)
+            for crop_id in self.crops
+        }
 
     def only(self, crop_ids: Collection[str]) -> Knowledge:
         """The part about some crops, with all safe answers.
@@ -187,316 +282,180 @@ class Knowledge:
             raise UserError(f"no crop {', '.join(unknown)}; there are {', '.join(self.crops)}")
         crops = {crop_id: crop for crop_id, crop in self.crops.items() if crop_id in crop_ids}
         problems = {problem.id: problem for problem in self.problems.values() if problem.crop_id in crops}
-        return Knowledge(crops, problems, self.safety)
+        return Knowledge(crops, problems, self.safety, self.lines, self.sources)
 
     def crop_named(self, text: str) -> Crop | None:
         """The crop whose name stands in `text` as a word of its own; the longest name wins, `None` if there is none."""
         # "500 gram" is no chickpea; आम is mango, and "आम तौर पर" is "usually".
         text = re.sub(r"\d\s*gram\b", " ", text, flags=re.IGNORECASE)
-        words = f" {' '.join(_NOT_WORD.split(clean(text).lower()))} ".replace(" आम तौर ", " ")
-        found: tuple[int, Crop] | None = None
-        for crop in self.crops.values():
-            for name in (crop.name_hi, *crop.names):
-                if f" {name.lower()} " in words and (found is None or len(name) > found[0]):
-                    found = (len(name), crop)
-        return found[1] if found else None
+        words = bare_words(text).replace(" आम तौर ", " ")
+        pattern, owners = self._crop_names
+        found = max((match.group(1) for match in pattern.finditer(words)), key=len, default=None)
+        return None if found is None else owners[found]
+
+    @cached_property
+    def _crop_names(self) -> tuple[re.Pattern[str], dict[str, Crop]]:
+        owners = {bare_words(name).strip(): crop for crop in self.crops.values() for name in crop.names.all}
+        return any_of(owners), owners
+
+    def problems_named(self, text: str, crop_id: str) -> tuple[str, ...]:
+        """The problems of a crop that a text names, in the order in which it names them first, each once."""
+        pattern, owners = self._problem_names(crop_id)
+        names = (match.group(1) for match in pattern.finditer(bare_words(text)))
+        return tuple(dict.fromkeys(owners[name] for name in names))
+
+    def _problem_names(self, crop_id: str) -> tuple[re.Pattern[str], dict[str, str]]:
+        if crop_id not in self._problem_patterns:
+            owners = {
+                bare_words(name).strip(): problem.id for problem in self.of_crop(crop_id) for name in problem.names.all
+            }
+            self._problem_patterns[crop_id] = any_of(owners), owners
+        return self._problem_patterns[crop_id]
+
+    @cached_property
+    def _problem_patterns(self) -> dict[str, tuple[re.Pattern[str], dict[str, str]]]:
+        return {}
 
 
-def clean(text: str) -> str:
-    """NFC, one space between words, no full stop at the end: the form in which all texts are kept and compared."""
-    return " ".join(unicodedata.normalize("NFC", text).replace("\u200d", "").replace("\u200c", "").split()).rstrip(
-        "।. "
-    )
+def any_of(names: Collection[str]) -> re.Pattern[str]:
+    """Finds any of some names as whole words in `bare_words`; of two that start together, the longer."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile(rf"(?<= )({'|'.join(map(re.escape, longest_first))})(?= )") if names else re.compile("(?!)")
 
 
 def load_knowledge(directory: Path = KNOWLEDGE_DIR) -> Knowledge:
     """Read every crop file of a directory, and `_safety.yaml` where there is one.
 
     Raises:
-        UserError: no file, or a file that breaks the schema; the line names the file, the problem and the fault.
+        UserError: no file, or one that breaks the schema; the line names the file, its line, the problem and the fault.
+    """
+    crops: dict[str, Crop] = {}
+    problems: dict[str, Problem] = {}
+    sources: dict[str, Mapping[str, Source]] = {}
+    for path in crop_paths(directory):
+        content, faults = read_crop_file(path)
+        refuse(faults)
+        assert content is not None
+        crops[content.crop.id] = content.crop
+        problems.update((problem.id, problem) for problem in content.problems)
+        sources[content.crop.id] = content.sources
+    safety_path = directory / SAFETY_FILE
+    safety = read_or_refuse(safety_path, SafetyFile) if safety_path.exists() else SafetyFile(topics=(), sources={})
+    sources["safety"] = safety.sources
+    return Knowledge(crops, problems, safety.topics, safety.lines, sources)
+
+
+def crop_paths(directory: Path) -> list[Path]:
+    """The crop files of a directory, by name.
+
+    Raises:
+        UserError: there is none.
     """
     paths = sorted(path for path in directory.glob("*.yaml") if not path.name.startswith("_"))
     if not paths:
         raise UserError(
             f"{directory}: no crop file (*.yaml) found; give the folder that holds wheat.yaml and the others"
         )
-    crops: dict[str, Crop] = {}
-    problems: dict[str, Problem] = {}
-    for path in paths:
-        crop, crop_problems = _read_crop_file(path)
-        crops[crop.id] = crop
-        problems.update((problem.id, problem) for problem in crop_problems)
-    safety_path = directory / SAFETY_FILE
-    return Knowledge(crops, problems, _read_safety_file(safety_path) if safety_path.exists() else ())
+    return paths
 
 
-class _Fields:
-    """A YAML mapping from which each field is taken once; what is left over at the end is unknown."""
+def read_crop_file(path: Path) -> tuple[CropFile | None, list[Fault]]:
+    """A crop file and all its faults; `None` where its parts could not be read as what they should be.
 
-    def __init__(self, where: str, value: Any) -> None:
-        self.where = where
-        if not isinstance(value, dict):
-            raise self.fault(f"expected a mapping, found {type(value).__name__}")
-        self._left: dict[Any, Any] = dict(value)
-
-    def fault(self, what: str) -> UserError:
-        return UserError(f"{self.where}: {what}")
-
-    def take(self, key: str) -> Any:
-        if key not in self._left:
-            raise self.fault(f"{key} is missing")
-        return self._left.pop(key)
-
-    def text(self, key: str) -> str:
-        value = self.take(key)
-        if not isinstance(value, str) or not clean(value):
-            raise self.fault(f"{key} must be a text that is not empty, found {value!r}")
-        return clean(value)
-
-    def optional_text(self, key: str) -> str | None:
-        return self.text(key) if key in self._left else None
-
-    def texts(self, key: str, *, least: int) -> tuple[str, ...]:
-        value = self.take(key)
-        if not isinstance(value, list) or not all(isinstance(item, str) and clean(item) for item in value):
-            raise self.fault(f"{key} must be a list of texts, found {value!r}")
-        texts = tuple(clean(item) for item in value)
-        if len(texts) < least:
-            raise self.fault(f"{key} has {len(texts)} entries, at least {least} are needed")
-        if len(set(texts)) < len(texts):
-            raise self.fault(f"{key} repeats an entry")
-        return texts
-
-    def advice(self, key: str) -> str:
-        text = self.text(key)
-        self.refuse_dose(key, text)
-        return text
-
-    def lines(self, key: str) -> str:
-        """A text of several lines, each ended by a danda."""
-        value = self.take(key)
-        lines = [clean(line) for line in value.splitlines()] if isinstance(value, str) else []
-        if not lines or not all(lines):
-            raise self.fault(f"{key} must be a text without empty lines, found {value!r}")
-        for line in lines:
-            self.refuse_dose(key, line)
-        return "\n".join(f"{line}।" for line in lines)
-
-    def advices(self, key: str, *, least: int) -> tuple[str, ...]:
-        texts = self.texts(key, least=least)
-        for text in texts:
-            self.refuse_dose(key, text)
-        return texts
-
-    def refuse_dose(self, key: str, text: str) -> None:
-        if found := DOSE.search(text):
-            raise self.fault(f"{key} holds {found.group()!r}, which looks like a dose; doses do not belong here")
-
-    def choice(self, key: str, allowed: frozenset[str]) -> str:
-        text = self.text(key)
-        if text not in allowed:
-            raise self.fault(f"{key} is {text!r}; choose one of {', '.join(sorted(allowed))}")
-        return text
-
-    def choices(self, key: str, allowed: frozenset[str], *, least: int) -> tuple[str, ...]:
-        texts = self.texts(key, least=least)
-        for text in texts:
-            if text not in allowed:
-                raise self.fault(f"{key} holds {text!r}; choose from {', '.join(sorted(allowed))}")
-        return texts
-
-    def integer(self, key: str) -> int:
-        value = self.take(key)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self.fault(f"{key} must be a whole number, found {value!r}")
-        return value
-
-    def mappings(self, key: str) -> list[Any]:
-        value = self.take(key)
-        if not isinstance(value, list):
-            raise self.fault(f"{key} must be a list, found {type(value).__name__}")
-        return value
-
-    def sources(self, known: Mapping[str, Source]) -> tuple[Source, ...]:
-        keys = self.texts("sources", least=1)
-        for key in keys:
-            if key not in known:
-                raise self.fault(f"source {key!r} is not in the file's sources")
-        return tuple(known[key] for key in keys)
-
-    def close(self) -> None:
-        if self._left:
-            raise self.fault(f"unknown key {', '.join(repr(key) for key in self._left)}")
+    Raises:
+        UserError: not UTF-8, or not YAML.
+    """
+    file = YamlFile(path)
+    content, faults = file.read(CropFile)
+    if content is not None:
+        faults += [file.fault(loc, what) for loc, what in _faults(content, path)]
+    return content, faults
 
 
-# The C loader reads the folder in a tenth of the time; PyYAML may be built without it.
-_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-def _read_yaml(path: Path) -> _Fields:
-    try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_YAML_LOADER)
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    return _Fields(str(path), value)
-
-
-def _read_crop_file(path: Path) -> tuple[Crop, list[Problem]]:
-    fields = _read_yaml(path)
-    sources = _read_sources(path, fields.take("sources"))
-    crop = _read_crop(path, fields.take("crop"), sources)
-    problems: list[Problem] = []
-    for value in fields.mappings("problems"):
-        problem = _read_problem(path, value, crop, sources)
-        if any(problem.id == other.id for other in problems):
-            raise UserError(f"{path}: problem {problem.id}: the id stands twice")
-        problems.append(problem)
-    fields.close()
-    if not problems:
-        raise fields.fault("no problems")
-    _check_between(path, problems)
-    return crop, problems
-
-
-def _read_sources(path: Path, value: Any) -> dict[str, Source]:
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: sources must be a mapping of keys to sources")
-    sources: dict[str, Source] = {}
-    for key, entry in value.items():
-        fields = _Fields(f"{path}: source {key}", entry)
-        year = fields.take("year")
-        if year is not None and (not isinstance(year, int) or not 1900 <= year <= 2100):
-            raise fields.fault(f"year must be null or a year, found {year!r}")
-        title, publisher, url = fields.text("title"), fields.text("publisher"), fields.text("url")
-        if not url.startswith(("https://", "http://")):
-            raise fields.fault(f"url is {url!r}; a web address is needed")
-        sources[str(key)] = Source(str(key), title, publisher, year, url, fields.choice("read", READ_DEPTHS))
-        fields.close()
-    return sources
-
-
-def _read_crop(path: Path, value: Any, sources: Mapping[str, Source]) -> Crop:
-    fields = _Fields(f"{path}: crop", value)
-    crop_id = fields.text("id")
-    if crop_id != path.stem:
-        raise fields.fault(f"id is {crop_id!r} but the file is {path.name}; they must agree")
-    stages: list[Stage] = []
-    for entry in fields.mappings("stages"):
-        part = _Fields(f"{path}: crop: stage {len(stages) + 1}", entry)
-        stage = Stage(part.text("id"), part.text("name_hi"), part.integer("from_day"), part.integer("to_day"))
-        part.close()
-        expected = stages[-1].to_day + 1 if stages else 0
+def _faults(content: CropFile, path: Path) -> Iterator[tuple[Loc, str]]:
+    """What a single value cannot see."""
+    crop = content.crop
+    if crop.id != path.stem:
+        yield ("crop", "id"), f"is {crop.id!r} but the file is {path.name}; they must agree"
+    expected = 0
+    for number, stage in enumerate(crop.stages):
         if stage.from_day != expected or stage.to_day < stage.from_day:
-            raise part.fault(
-                f"days {stage.from_day} to {stage.to_day}; it must start on day {expected} and not end before"
-            )
-        stages.append(stage)
-    if not stages:
-        raise fields.fault("no stages")
-    crop = Crop(
-        id=crop_id,
-        name_hi=fields.text("name_hi"),
-        names=fields.texts("names", least=1),
-        season_hi=fields.text("season_hi"),
-        day_basis=fields.choice("day_basis", DAY_BASES),
-        stages=tuple(stages),
-        sources=fields.sources(sources),
-    )
-    fields.close()
-    return crop
+            what = f"days {stage.from_day} to {stage.to_day}; it must start on day {expected} and not end before"
+            yield ("crop", "stages", number), what
+        expected = stage.to_day + 1
+    ids: set[str] = set()
+    for number, problem in enumerate(content.problems):
+        loc: Loc = ("problems", number)
+        if problem.id in ids:
+            yield loc, "the id stands twice"
+        ids.add(problem.id)
+        yield from ((loc + part, what) for part, what in _problem_faults(problem, crop))
+    yield from _source_faults(content)
+    yield from _faults_between(content.problems)
 
 
-def _read_problem(path: Path, value: Any, crop: Crop, sources: Mapping[str, Source]) -> Problem:
-    name = value.get("id", "without id") if isinstance(value, dict) else "without id"
-    fields = _Fields(f"{path}: problem {name}", value)
-    problem_id = fields.text("id")
-    if not problem_id.startswith(f"{crop.id}_"):
-        raise fields.fault(f"the id must start with {crop.id}_")
-    days = fields.take("days")
-    if not (isinstance(days, list) and len(days) == 2 and all(isinstance(day, int) for day in days)):
-        raise fields.fault(f"days must be two whole numbers, found {days!r}")
-    if not 0 <= days[0] <= days[1] <= crop.last_day:
-        raise fields.fault(f"window {days[0]} to {days[1]} lies outside the crop's days 0 to {crop.last_day}")
-    weather = _Fields(f"{fields.where}: favoured_by", fields.take("favoured_by"))
-    favoured_by = FavouredBy(
-        weather.choice("weather", WEATHERS), weather.text("weather_hi"), weather.text("weather_en")
-    )
-    weather.close()
-    look_alikes: list[LookAlike] = []
-    for entry in fields.mappings("look_alikes"):
-        part = _Fields(f"{fields.where}: look_alike {len(look_alikes) + 1}", entry)
-        look_alikes.append(LookAlike(part.text("id"), part.advice("check_hi"), part.text("check_en")))
-        part.close()
-    problem = Problem(
-        id=problem_id,
-        crop_id=crop.id,
-        name_hi=fields.text("name_hi"),
-        name_en=fields.text("name_en"),
-        scientific_name=fields.optional_text("scientific_name"),
-        kind=fields.choice("kind", KINDS),
-        names=fields.texts("names", least=1),
-        parts=fields.choices("parts", PARTS, least=1),
-        days=(days[0], days[1]),
-        symptoms_hi=fields.advices("symptoms_hi", least=MIN_SYMPTOMS),
-        signs_hi=fields.advice("signs_hi"),
-        signs_en=fields.text("signs_en"),
-        favoured_by=favoured_by,
-        soil_links=fields.choices("soil_links", SOIL_FLAGS, least=0),
-        look_alikes=tuple(look_alikes),
-        cultural_hi=fields.advices("cultural_hi", least=1),
-        biological_hi=fields.advices("biological_hi", least=0),
-        chemical_hi=fields.optional_text("chemical_hi"),
-        prevention_hi=fields.advices("prevention_hi", least=1),
-        urgency=fields.choice("urgency", URGENCIES),
-        urgency_hi=fields.advice("urgency_hi"),
-        sources=fields.sources(sources),
-    )
-    if problem.chemical_hi:
-        fields.refuse_dose("chemical_hi", problem.chemical_hi)
-    for symptom in problem.symptoms_hi:
+def _problem_faults(problem: Problem, crop: Crop) -> Iterator[tuple[Loc, str]]:
+    if problem.crop_id != crop.id:
+        yield ("id",), f"must start with {crop.id}_"
+    if not problem.days[0] <= problem.days[1] <= crop.last_day:
+        what = f"window {problem.days[0]} to {problem.days[1]} lies outside the crop's days 0 to {crop.last_day}"
+        yield ("days",), what
+    for number, symptom in enumerate(problem.symptoms_hi):
         if problem.name_hi in symptom:
-            raise fields.fault(f"symptom {symptom!r} names the problem; a farmer does not know it yet")
-    fields.close()
-    return problem
+            yield ("symptoms_hi", number), f"{symptom!r} names the problem; a farmer does not know it yet"
+    for group in CLAIM_GROUPS:
+        times = (group in problem.sources) + problem.inferred.count(group)
+        if group in problem.claims and times != 1:
+            yield ("sources",), f"{group} must have sources or stand in inferred, and not both"
+        elif group not in problem.claims and times:
+            yield ("sources",), f"{group} has sources, but the problem claims nothing of it"
 
 
-def _check_between(path: Path, problems: list[Problem]) -> None:
-    """What a single problem cannot see: look-alikes that exist, and symptoms that belong to one problem only."""
+def _source_faults(content: CropFile) -> Iterator[tuple[Loc, str]]:
+    cited: list[tuple[Loc, tuple[str, ...]]] = [(("crop", "sources"), content.crop.sources)]
+    cited += [(("crop", "sowing", number), window.sources) for number, window in enumerate(content.crop.sowing)]
+    for number, problem in enumerate(content.problems):
+        loc: Loc = ("problems", number)
+        cited += [((*loc, "sources", group), keys) for group, keys in problem.sources.items()]
+        cited += [((*loc, "chemicals", n, "sources"), chemical.sources) for n, chemical in enumerate(problem.chemicals)]
+    for loc, keys in cited:
+        for key in keys:
+            if key not in content.sources:
+                yield loc, f"source {key!r} is not in the file's sources"
+    for key in content.sources.keys() - {key for _, keys in cited for key in keys}:
+        yield ("sources", key), "nothing rests on this source"
+
+
+def _faults_between(problems: tuple[Problem, ...]) -> Iterator[tuple[Loc, str]]:
+    """Look-alikes that exist, names of one problem only, and a check wherever two problems show the same symptom."""
     ids = {problem.id for problem in problems}
-    owner: dict[str, str] = {}
-    for problem in problems:
-        for look_alike in problem.look_alikes:
+    owner_of_name: dict[str, str] = {}
+    seen: list[tuple[Problem, frozenset[str], str]] = []
+    for number, problem in enumerate(problems):
+        loc: Loc = ("problems", number)
+        for n, look_alike in enumerate(problem.look_alikes):
             if look_alike.id not in ids or look_alike.id == problem.id:
-                raise UserError(f"{path}: problem {problem.id}: unknown look-alike {look_alike.id!r}")
-        for symptom in problem.symptoms_hi:
-            if symptom in owner:
-                raise UserError(f"{path}: problem {problem.id}: symptom {symptom!r} stands in {owner[symptom]} too")
-            owner[symptom] = problem.id
+                yield (*loc, "look_alikes", n), f"unknown look-alike {look_alike.id!r}"
+        for name in problem.names.all:
+            owner = owner_of_name.setdefault(bare_words(name), problem.id)
+            if owner != problem.id:
+                yield (*loc, "names"), f"the name {name!r} stands in {owner} too"
+        for n, symptom in enumerate(problem.symptoms_hi):
+            grams = _trigrams(symptom)
+            for other, other_grams, other_symptom in seen:
+                told_apart = {a.id for a in problem.look_alikes} & {other.id} or {a.id for a in other.look_alikes} & {
+                    problem.id
+                }
+                if other.id != problem.id and not told_apart and _jaccard(grams, other_grams) >= SAME_SYMPTOM:
+                    what = f"{symptom!r} stands in {other.id} as {other_symptom!r}, and no check tells the two apart"
+                    yield (*loc, "symptoms_hi", n), what
+            seen.append((problem, grams, symptom))
 
 
-def _read_safety_file(path: Path) -> tuple[SafetyTopic, ...]:
-    fields = _read_yaml(path)
-    sources = _read_sources(path, fields.take("sources"))
-    topics: list[SafetyTopic] = []
-    for value in fields.mappings("topics"):
-        part = _Fields(f"{path}: topic {len(topics) + 1}", value)
-        topics.append(
-            SafetyTopic(
-                id=part.text("id"),
-                questions_hi=part.texts("questions_hi", least=MIN_SYMPTOMS),
-                thought_en=part.text("thought_en"),
-                answer_hi=part.lines("answer_hi"),
-                sources=part.sources(sources) if value.get("sources") else _no_sources(part),
-            )
-        )
-        part.close()
-    fields.close()
-    return tuple(topics)
+def _trigrams(text: str) -> frozenset[str]:
+    text = bare_words(text)
+    return frozenset(text[start : start + 3] for start in range(len(text) - 2))
 
 
-def _no_sources(fields: _Fields) -> tuple[Source, ...]:
-    """A refusal states no fact, so its list of sources may be empty."""
-    fields.take("sources")
-    return ()
+def _jaccard(a: frozenset[str], b: frozenset[str]) -> float:
+    return len(a & b) / len(a | b)

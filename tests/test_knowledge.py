@@ -1,47 +1,22 @@
-"""The crop facts: the shipped files hold, and each kind of fault is refused with its file and problem named."""
+"""The crop facts: the shipped files hold, and each kind of fault is found on its line."""
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
-from advisory.case import SOIL_FLAG_HI, SOIL_READINGS, FarmCase
-from advisory.knowledge import DOSE, SOIL_FLAGS, Knowledge, Problem, clean, load_knowledge
+from advisory.check import check_files, check_folder, page, problem_texts
+from advisory.knowledge import DOSE, Knowledge, clean, load_knowledge, read_crop_file
+from advisory.pesticides import PesticideList
 from litgpt.utils import UserError
+from tests.small_crop import SMALL_CROP, line_of
 
-KNOWLEDGE_DIR = Path(__file__).parents[1] / "data" / "knowledge"
-
-# Active ingredients, brands and the banned list's names in both scripts: none may stand in advice.
-CHEMICALS = """
-    मैन्कोजेब मेन्कोजेब मैंकोजेब कार्बेन्डाजिम कार्बेंडाजिम प्रोपिकोनाजोल प्रोपीकोनाजोल टेबुकोनाजोल मेटालैक्सिल इमिडाक्लोप्रिड
-    थायोमेथोक्साम थियामेथोक्साम एसिटामिप्रिड क्लोरपायरीफॉस क्लोरपाइरीफॉस डाइमेथोएट मैलाथियान मोनोक्रोटोफॉस क्विनालफॉस प्रोफेनोफॉस
-    साइपरमेथ्रिन फिप्रोनिल स्पिनोसैड इंडोक्साकार्ब इमामेक्टिन क्लोरेन्ट्रानिलीप्रोल कार्बोफ्यूरान फोरेट एंडोसल्फान एंडोसल्फ़ान लिंडेन
-    डाइक्लोरवास ट्राइजोफॉस कार्बारिल मेथोमिल डाइकोफॉल ग्लाइफोसेट पैराक्वाट स्ट्रेप्टोसाइक्लिन ब्लाइटॉक्स टिल्ट रिडोमिल कवच नुवान
-    रोगर थिमेट फ्यूराडान
-    mancozeb carbendazim propiconazole tebuconazole metalaxyl imidacloprid thiamethoxam acetamiprid chlorpyriphos
-    chlorpyrifos dimethoate malathion monocrotophos quinalphos profenofos cypermethrin fipronil spinosad indoxacarb
-    emamectin chlorantraniliprole carbofuran phorate endosulfan lindane dichlorvos triazophos carbaryl methomyl
-    dicofol glyphosate paraquat streptocycline tricyclazole validamycin chlorothalonil hexaconazole azoxystrobin
-    """
-CHEMICAL_NAMES = frozenset(CHEMICALS.split())
-
-
-def chemical_names(text: str) -> list[str]:
-    """The chemical names that stand in a text as words."""
-    return sorted(CHEMICAL_NAMES & set(re.split(r"[^\w\u0900-\u0963]+", text.lower())))
-
-
-def advice(problem: Problem) -> list[str]:
-    """Everything of a problem that a farmer may read."""
-    checks = [look_alike.check_hi for look_alike in problem.look_alikes]
-    fixed = [problem.signs_hi, problem.urgency_hi, problem.chemical_hi or ""]
-    return [*problem.cultural_hi, *problem.biological_hi, *problem.prevention_hi, *checks, *fixed]
+ROOT = Path(__file__).parents[1]
+KNOWLEDGE_DIR = ROOT / "data" / "knowledge"
 
 
 @pytest.fixture(scope="module")
@@ -49,32 +24,49 @@ def knowledge() -> Knowledge:
     return load_knowledge(KNOWLEDGE_DIR)
 
 
+@pytest.fixture(scope="module")
+def pesticides() -> PesticideList:
+    return PesticideList.load(KNOWLEDGE_DIR)
+
+
 def test_shipped_knowledge_is_broad_enough(knowledge: Knowledge) -> None:
     assert len(knowledge.crops) >= 22
-    assert len(knowledge.problems) >= 174
+    assert len(knowledge.problems) >= 190
     for crop in knowledge.crops.values():
-        assert len(knowledge.of_crop(crop.id)) >= 5, crop.id
-    assert {"wheat_yellow_rust", "wheat_nitrogen_deficiency"} <= set(knowledge.problems)
+        assert len(knowledge.of_crop(crop.id)) >= 7, crop.id
+    kinds = {problem.kind for problem in knowledge.problems.values()}
+    assert kinds == {
+        "fungal", "bacterial", "viral", "insect", "mite", "nematode", "nutrient", "water", "weed", "abiotic"
+    }  # fmt: skip
+    lacking = {
+        flag for problem in knowledge.problems.values() if problem.kind == "nutrient" for flag in problem.soil_links
+    }
+    assert {"low_n", "low_p", "low_k", "low_s", "low_zn", "low_fe", "low_mn", "low_b"} <= lacking
+    assert sum(len(problem.chemicals) for problem in knowledge.problems.values()) >= 100
 
 
-def test_every_fact_has_a_source_with_an_address(knowledge: Knowledge) -> None:
-    owners = [(crop.id, crop.sources) for crop in knowledge.crops.values()]
-    owners += [(problem.id, problem.sources) for problem in knowledge.problems.values()]
-    for name, sources in owners:
-        assert sources, name
-        for source in sources:
-            assert re.fullmatch(r"https?://[^\s/]+\.[^\s]+", source.url), (name, source.url)
-    # A refusal states no fact; whoever gives first aid or a number must say where it stands.
-    assert all(topic.sources for topic in knowledge.safety if re.search(r"[0-9]|अस्पताल", topic.answer_hi))
+def test_shipped_knowledge_has_no_fault(pesticides: PesticideList) -> None:
+    checked = check_folder(KNOWLEDGE_DIR, pesticides)
+    assert not checked.faults, "\n".join(map(str, checked.faults))
 
 
-def test_advice_names_no_chemical_and_no_dose(knowledge: Knowledge) -> None:
+def test_the_page_of_counts_is_the_one_in_the_repository(knowledge: Knowledge, pesticides: PesticideList) -> None:
+    made = page(knowledge, pesticides)
+    assert made == (ROOT / "docs" / "knowledge.md").read_text(encoding="utf-8"), (
+        "run python scripts/check_knowledge.py --page_path docs/knowledge.md"
+    )
+
+
+def test_advice_names_no_dose_and_no_banned_chemical(knowledge: Knowledge, pesticides: PesticideList) -> None:
     for problem in knowledge.problems.values():
-        for text in advice(problem):
-            assert not chemical_names(text), (problem.id, text)
+        for _, text in problem_texts(problem):
             assert not DOSE.search(text), (problem.id, text)
-    for topic in knowledge.safety:
-        assert not chemical_names(topic.answer_hi), topic.id
+            assert all(mention.is_active for mention in pesticides.find(text)), (problem.id, text)
+
+
+def test_first_aid_and_numbers_have_a_source(knowledge: Knowledge) -> None:
+    assert all(topic.sources for topic in knowledge.safety if re.search(r"[0-9]|अस्पताल", topic.answer_hi))
+    assert {"ppe", "waiting_period", "poisoning", "kcc"} <= set(knowledge.lines)
 
 
 @pytest.mark.parametrize(
@@ -89,11 +81,6 @@ def test_dose_pattern_leaves_other_numbers(text: str) -> None:
     assert not DOSE.search(text)
 
 
-def test_chemical_name_check_can_fail() -> None:
-    assert chemical_names("मैन्कोजेब का छिड़काव करें") == ["मैन्कोजेब"]
-    assert chemical_names("Spray Mancozeb.") == ["mancozeb"]
-
-
 @pytest.mark.parametrize(
     ("text", "crop"),
     [
@@ -104,11 +91,25 @@ def test_chemical_name_check_can_fail() -> None:
         ("मौसम कैसा है", None),
         ("आम के पेड़ पर बौर काला हो रहा है", "mango"),
         ("आम तौर पर पानी कब देते हैं", None),
+        ("500 gram डाला", None),
     ],
 )
 def test_crop_is_found_by_its_names(knowledge: Knowledge, text: str, crop: str | None) -> None:
     found = knowledge.crop_named(text)
     assert (found.id if found else None) == crop
+
+
+def test_problems_are_found_in_the_order_in_which_they_are_named(knowledge: Knowledge) -> None:
+    text = "यह शायद पीला रतुआ है, थोड़ा शक नाइट्रोजन की कमी का भी है। Yellow rust."
+    assert knowledge.problems_named(text, "wheat") == ("wheat_yellow_rust", "wheat_nitrogen_deficiency")
+    assert knowledge.problems_named(text, "cotton") == ("cotton_nitrogen_deficiency",)
+    assert knowledge.problems_named("पानी दें", "wheat") == ()
+
+
+def test_every_name_finds_its_own_problem(knowledge: Knowledge) -> None:
+    for problem in knowledge.problems.values():
+        for name in problem.names.all:
+            assert knowledge.problems_named(f"यह {name} है", problem.crop_id) == (problem.id,), (problem.id, name)
 
 
 def test_a_part_of_the_crops(knowledge: Knowledge) -> None:
@@ -121,110 +122,190 @@ def test_a_part_of_the_crops(knowledge: Knowledge) -> None:
 
 def test_stage_follows_age(knowledge: Knowledge) -> None:
     wheat = knowledge.crops["wheat"]
-    days = [wheat.stage(day) for day in range(wheat.last_day + 1)]
-    assert all(stage is not None for stage in days)
+    assert all(wheat.stage(day) is not None for day in range(wheat.last_day + 1))
     assert wheat.stage(wheat.last_day + 1) is None
     assert wheat.stage(-1) is None
 
 
-def _wheat() -> dict[str, Any]:
-    value: dict[str, Any] = yaml.safe_load((KNOWLEDGE_DIR / "wheat.yaml").read_text(encoding="utf-8"))
-    return value
+def test_the_small_file_is_right(tmp_path: Path, pesticides: PesticideList) -> None:
+    path = tmp_path / "wheat.yaml"
+    path.write_text(SMALL_CROP, encoding="utf-8")
+    assert check_files([path], pesticides).faults == ()
+    assert set(load_knowledge(tmp_path).problems) == {"wheat_rust", "wheat_nitrogen"}
 
 
-def _set(path: str, new: Any) -> Callable[[dict[str, Any]], None]:
-    """Change one value, `path` like `problems.0.days`; `...` deletes it."""
+# (what is replaced, by what, the text on the line where the fault is seen, the fault)
+BROKEN = [
+    (
+        "    kind: fungal\n",
+        "    kind: magic\n",
+        "kind: fungal",
+        r"wheat_rust: kind: Input should be 'fungal'.*found 'magic'",
+    ),
+    (
+        "    kind: fungal\n",
+        "    kind: fungal\n    colour: blue\n",
+        "parts: [leaf]\n    days: [40",
+        "colour: unknown key",
+    ),
+    ("    signs_hi: धारियों में पीला चूर्ण\n", "", "id: wheat_rust", "wheat_rust: signs_hi: is missing"),
+    (
+        "sources: {signs: [a], days: [a], weather: [a], measures: [b]}",
+        "sources: {signs: [a], days: [a], measures: [b]}",
+        "sources: {signs: [a], days: [a], weather",
+        "weather must have sources or stand in inferred",
+    ),
+    ("inferred: [checks]", "inferred: []", "sources: {signs: [a], days: [a], weather", "checks must have sources"),
+    (
+        "inferred: [checks]",
+        "inferred: [checks, days]",
+        "sources: {signs: [a], days: [a], weather",
+        "days must have .* not both",
+    ),
+    (
+        "inferred: [checks]",
+        "inferred: [checks, soil]",
+        "sources: {signs: [a], days: [a], weather",
+        "claims nothing of it",
+    ),
+    (
+        "measures: [b]}",
+        "measures: [nowhere]}",
+        "sources: {signs: [a], days: [a], weather",
+        "source 'nowhere' is not in",
+    ),
+    (
+        "id: wheat_nitrogen, check_hi",
+        "id: wheat_dragon, check_hi",
+        "id: wheat_nitrogen, check_hi",
+        "unknown look-alike 'wheat_dragon'",
+    ),
+    (
+        "id: wheat_nitrogen, check_hi",
+        "id: wheat_rust, check_hi",
+        "id: wheat_nitrogen, check_hi",
+        "unknown look-alike 'wheat_rust'",
+    ),
+    (
+        "      - पत्तियों पर पीली लकीरें बन गई हैं\n",
+        "",
+        "symptoms_hi:\n      - पत्तों",
+        "symptoms_hi: .*at least 5",
+    ),
+    ("पत्तों पर हल्दी जैसा चूर्ण है", "पीला रतुआ लगा है", "पत्तों पर हल्दी", "names the problem"),
+    ("पूरी फसल फीकी है", "पत्तों पर पीले रंग की धारियां हैं।", None, None),  # told apart by the check: no fault
+    ("days: [40, 110]", "days: [40, 400]", "days: [40, 110]", "window 40 to 400 lies outside the crop's days 0 to 130"),
+    ("days: [40, 110]", "days: [90, 40]", "days: [40, 110]", "window 90 to 40"),
+    ("days: [40, 110]", "days: [40, many]", "days: [40, 110]", "days: .*valid integer"),
+    ("- यूरिया कम दें", "- यूरिया 20 किलो दें", "- यूरिया कम दें", "holds '20 किलो', which looks like a dose"),
+    ("unit: ml, per: acre", "per: acre", "ai: propiconazole", "dose: unit: is missing"),
+    ("unit: ml, per: acre", "unit: ml", "ai: propiconazole", "need `per`"),
+    ("unit: ml, per: acre", "unit: cup, per: acre", "ai: propiconazole", "unit: Input should be 'g'"),
+    ("amount: 200", "amount: -3", "ai: propiconazole", "greater than 0"),
+    ("amount: 200", "amount: .nan", "ai: propiconazole", "finite number"),
+    ("ai: propiconazole, name_hi", "ai: endosulfan, name_hi", "ai: propiconazole", "endosulfan is recommended: "),
+    ("ai: propiconazole, name_hi", "ai: moonstone, name_hi", "ai: propiconazole", "moonstone is on no list"),
+    ("सिफारिश की हुई दवा कृषि", "एंडोसल्फान या दवा कृषि", "chemical_hi", "names एंडोसल्फान"),
+    ("from_day: 21", "from_day: 25", "id: ripening", "days 25 to 130; it must start on day 21"),
+    ("  id: wheat\n", "  id: barley\n", "  id: wheat\n  names", "is 'barley' but the file is wheat.yaml"),
+    ("- id: wheat_rust\n", "- id: rice_rust\n", "id: wheat_rust\n", "must start with wheat_"),
+    ("- id: wheat_nitrogen\n", "- id: wheat_rust\n", "id: wheat_nitrogen\n", "the id stands twice"),
+    (
+        "hi: [नाइट्रोजन की कमी]",
+        "hi: [पिला रतुआ]",
+        "hi: [नाइट्रोजन की कमी]",
+        "the name 'पिला रतुआ' stands in wheat_rust too",
+    ),
+    ('"https://a.example/one"', '"somewhere"', "a: {title", "a web address is needed"),
+    ("read: excerpt", "read: dreamt", "b: {title", "read: Input should be 'page'"),
+    ("publisher: A, year: 2020", "year: 2020", "a: {title", "publisher: is missing"),
+    ("measures: [b]}", "measures: [a]}", None, None),
+    ("from: 11-01", "from: 13-01", "where_hi", "month and a day"),
+    ("    urgency: high\n", "    urgency: high\n    urgency: low\n", "urgency: high", "the key stands twice"),
+    ("misspelt: [पिला रतुआ]", "misspelt: []", "पिला रतुआ", "misspelt: .*at least 1"),
+]
 
-    def change(data: Any) -> None:
-        *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
-        for key in parents:
-            data = data[key]
-        if new is ...:
-            del data[last]
-        else:
-            data[last] = new
 
-    return change
-
-
-PROBLEM = r"wheat\.yaml: problem wheat_yellow_rust: "
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_set("problems.0.colour", "yellow"), PROBLEM + r"unknown key 'colour'"),
-        (_set("problems.0.signs_hi", ...), PROBLEM + r"signs_hi is missing"),
-        (_set("problems.0.sources", []), PROBLEM + r"sources has 0 entries"),
-        (_set("problems.0.sources", ["nowhere"]), PROBLEM + r"source 'nowhere' is not in the file's sources"),
-        (_set("problems.0.look_alikes.0.id", "wheat_dragon"), PROBLEM + r"unknown look-alike 'wheat_dragon'"),
-        (_set("problems.0.symptoms_hi", ["पत्ते पीले हैं"] * 4), PROBLEM + r"symptoms_hi (has 4 entries|repeats)"),
-        (_set("problems.0.symptoms_hi", ["क", "ख", "ग", "घ"]), PROBLEM + r"symptoms_hi has 4 entries, at least 5"),
-        (_set("problems.0.symptoms_hi.0", "पीला रतुआ लगा है"), PROBLEM + r"symptom .* names the problem"),
-        (_set("problems.0.days", [40, 400]), PROBLEM + r"window 40 to 400 lies outside the crop's days 0 to 130"),
-        (_set("problems.0.days", [90, 40]), PROBLEM + r"window 90 to 40"),
-        (_set("problems.0.kind", "magic"), PROBLEM + r"kind is 'magic'; choose one of"),
-        (_set("problems.0.parts", ["wing"]), PROBLEM + r"parts holds 'wing'"),
-        (_set("problems.0.cultural_hi.0", "दवा 2 ग्राम डालें"), PROBLEM + r"cultural_hi holds '2 ग्राम', .* like a dose"),
-        (_set("problems.0.chemical_hi", "200 ml छिड़कें"), PROBLEM + r"chemical_hi holds '200 ml'"),
-        (_set("problems.0.urgency", "maybe"), PROBLEM + r"urgency is 'maybe'"),
-        (_set("problems.0.favoured_by.weather", "cosy"), PROBLEM + r"favoured_by: weather is 'cosy'"),
-        (_set("problems.0.id", "rust"), r"wheat\.yaml: problem rust: the id must start with wheat_"),
-        (_set("problems.1.symptoms_hi.0", "पत्तों पर पीले धब्बे दिख रहे हैं"), r"symptom .* stands in wheat_yellow_rust too"),
-        (_set("crop.stages.1.from_day", 25), r"wheat\.yaml: crop: stage 2: days 25 to 45; it must start on day 21"),
-        (_set("crop.id", "barley"), r"wheat\.yaml: crop: id is 'barley' but the file is wheat\.yaml"),
-        (_set("sources.times_rust.url", "somewhere"), r"wheat\.yaml: source times_rust: url is 'somewhere'"),
-        (_set("sources.times_rust.read", "dreamt"), r"wheat\.yaml: source times_rust: read is 'dreamt'"),
-    ],
-)  # fmt: skip
-def test_faults_are_refused_by_name(tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
-    data = copy.deepcopy(_wheat())
-    change(data)
-    (tmp_path / "wheat.yaml").write_text(yaml.safe_dump(data, allow_unicode=True), encoding="utf-8")
-    with pytest.raises(UserError, match=message):
-        load_knowledge(tmp_path)
+@pytest.mark.parametrize(("old", "new", "place", "message"), BROKEN)
+def test_each_fault_is_found_on_its_line(
+    tmp_path: Path, pesticides: PesticideList, old: str, new: str, place: str | None, message: str | None
+) -> None:
+    assert SMALL_CROP.count(old) == 1
+    path = tmp_path / "wheat.yaml"
+    path.write_text(SMALL_CROP.replace(old, new), encoding="utf-8")
+    faults = [str(fault) for fault in check_files([path], pesticides).faults]
+    if place is None or message is None:
+        assert faults == []
+        return
+    line = SMALL_CROP[: SMALL_CROP.index(place)].count("\n") + 1
+    assert any(re.match(rf"{re.escape(str(path))}:{line}: .*{message}", fault) for fault in faults), (line, faults)
 
 
-def test_unchanged_copy_loads(tmp_path: Path) -> None:
-    (tmp_path / "wheat.yaml").write_text(yaml.safe_dump(_wheat(), allow_unicode=True), encoding="utf-8")
-    assert set(load_knowledge(tmp_path).crops) == {"wheat"}
+def test_a_shared_symptom_needs_a_check(tmp_path: Path, pesticides: PesticideList) -> None:
+    text = SMALL_CROP.replace("पूरी फसल फीकी है", "पत्तों पर पीले रंग की धारियां दिखती हैं")
+    unlinked = text.replace(
+        '      - {id: wheat_nitrogen, check_hi: "रगड़ें, चूर्ण लगे तो रतुआ है", check_en: rub the leaf}\n', ""
+    )
+    unlinked = unlinked.replace("    look_alikes:\n    cultural", "    look_alikes: []\n    cultural").replace(
+        "inferred: [checks]", "inferred: []"
+    )
+    path = tmp_path / "wheat.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert check_files([path], pesticides).faults == ()
+    path.write_text(unlinked, encoding="utf-8")
+    (fault,) = check_files([path], pesticides).faults
+    assert "no check tells the two apart" in fault.what and "wheat_rust" in fault.what
+    assert unlinked.splitlines()[fault.line - 1].strip() == "- पत्तों पर पीले रंग की धारियां दिखती हैं"
 
 
-def test_broken_yaml_and_empty_folder_are_refused(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_are_refused_with_a_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no crop file"):
         load_knowledge(tmp_path)
-    (tmp_path / "wheat.yaml").write_text("crop: {id: wheat", encoding="utf-8")
-    with pytest.raises(UserError, match=r"wheat\.yaml: not valid YAML"):
+    path = tmp_path / "wheat.yaml"
+    path.write_text("crop:\n  id: [wheat", encoding="utf-8")
+    with pytest.raises(UserError, match=r"wheat\.yaml:\d+: not valid YAML"):
         load_knowledge(tmp_path)
-    (tmp_path / "wheat.yaml").write_bytes(b"crop: \xff\xfe")
-    with pytest.raises(UserError, match=r"wheat\.yaml: not UTF-8"):
+    path.write_bytes(b"crop:\n  id: \xff\xfe")
+    with pytest.raises(UserError, match=r"wheat\.yaml:2: not UTF-8"):
         load_knowledge(tmp_path)
+    path.write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match=r"wheat\.yaml:1: "):
+        load_knowledge(tmp_path)
+    path.write_text(SMALL_CROP[: len(SMALL_CROP) // 2], encoding="utf-8")
+    with pytest.raises(UserError, match=r"wheat\.yaml:\d+: "):
+        load_knowledge(tmp_path)
+
+
+def test_one_line_says_how_many_faults_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "wheat.yaml"
+    path.write_text(
+        SMALL_CROP.replace("kind: fungal", "kind: magic").replace("read: excerpt", "read: dreamt"), encoding="utf-8"
+    )
+    assert len(read_crop_file(path)[1]) == 2
+    with pytest.raises(UserError, match=r"and 1 more: python scripts/check_knowledge.py") as refused:
+        load_knowledge(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_command_lists_every_fault_and_exits_with_2(tmp_path: Path) -> None:
+    path = tmp_path / "wheat.yaml"
+    path.write_text(
+        SMALL_CROP.replace("kind: fungal", "kind: magic").replace("read: excerpt", "read: dreamt"), encoding="utf-8"
+    )
+    command = [
+        sys.executable,
+        "scripts/check_knowledge.py",
+        "--files",
+        str([str(path)]),
+        "--knowledge_dir",
+        str(KNOWLEDGE_DIR),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stdout.splitlines()) == 2
+    assert f"{path}:{line_of('kind: fungal')}: " in done.stdout
+    assert done.stderr.splitlines()[-1].endswith("2 faults in 1 files") and "Traceback" not in done.stderr
 
 
 def test_texts_are_normalised() -> None:
     # U+095C and its NFC form are the same letter to a farmer, so they must be the same text to the code.
     assert clean("जड\u093c  सड\u093cन।") == clean("ज\u095c स\u095cन")
-
-
-def test_case_says_what_is_unknown(knowledge: Knowledge) -> None:
-    lines = FarmCase().render(None).splitlines()
-    assert lines == ["फसल: पता नहीं, उम्र पता नहीं", "मौसम: पता नहीं", "मिट्टी: पता नहीं"]
-    case = FarmCase(crop="wheat", age_days=60, weather="rain_soon", soil={"n": 180.0, "ph": 8.6})
-    assert case.render(knowledge.crops["wheat"]).splitlines() == [
-        "फसल: गेहूं, 60 दिन, गांठ बनना",
-        "मौसम: अगले 24 घंटे में बारिश",
-        "मिट्टी: पीएच ज्यादा, नाइट्रोजन कम",
-    ]
-    assert FarmCase(soil={"n": 320.0}).soil_hi() == "सामान्य"
-
-
-def test_case_refuses_what_it_does_not_know() -> None:
-    for wrong in ({"weather": "snow"}, {"age_days": -3}, {"soil": {"gold": 1.0}}, {"soil": {"texture": "cheese"}}):
-        with pytest.raises(UserError):
-            FarmCase(**wrong)
-
-
-def test_soil_flags_have_words_and_exist() -> None:
-    rated = {flag for reading in SOIL_READINGS.values() for flag in (reading.low_flag, reading.high_flag) if flag}
-    assert rated <= SOIL_FLAGS
-    assert set(SOIL_FLAG_HI) == SOIL_FLAGS
