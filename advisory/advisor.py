@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,7 +19,7 @@ from advisory.compose import SYSTEM_HI
 from litgpt.chat import IM_END, Message, Span, render, tag_ids
 from litgpt.checkpoint import load_model, require_lit_dir
 from litgpt.data import tags_of
-from litgpt.generate import generate, new_cache
+from litgpt.generate import generate, generate_batch, new_cache
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError, parse_device
 
@@ -126,7 +126,9 @@ class Advisor:
         Raises:
             UserError: a question that is empty, too long or no text.
         """
-        tokens = list(self._tokens(clean_question(question)))
+        return self._answer(list(self._tokens(clean_question(question))), show_thought=show_thought)
+
+    def _answer(self, tokens: Sequence[tuple[Span, int]], *, show_thought: bool) -> Answer:
         pieces = list(self._pieces(tokens))
         text, thought = (
             "".join(piece.text for piece in pieces if piece.kind == kind) for kind in ("answer", "thought")
@@ -137,6 +139,73 @@ class Advisor:
             ids=[index for _, index in tokens],
             complete=not any(piece.kind == "cut" for piece in pieces),
         )
+
+    def ask_many(self, conversations: Sequence[Sequence[Message]], *, show_thought: bool = False) -> list[Answer]:
+        """The answers to several conversations at once, each as `ask` gives it; much faster than one by one.
+
+        Args:
+            conversations: messages up to and including the user's last one, in the form the model is to read.
+            show_thought: return the thoughts, too.
+
+        Raises:
+            UserError: a conversation that leaves no room for an answer.
+        """
+        rendered = [
+            render(list(messages), self.tokenizer, tags=self.tags, add_generation_prompt=True, thinking=self.thinking)
+            for messages in conversations
+        ]
+        ids = [list(prompt.ids) for prompt in rendered]
+        starts = [len(row) for row in ids]
+        room = self.model.config.block_size - max(starts, default=0)
+        if room < _LEAST_ROOM:
+            raise UserError(
+                f"the longest question takes {max(starts)} of {self.model.config.block_size} positions: shorten it"
+            )
+        spoken: list[list[tuple[Span, int]]] = [[] for _ in ids]
+
+        def go_on(
+            rows: Sequence[int], n: int, span: Span, stop_ids: Collection[int], forbidden: Collection[int]
+        ) -> None:
+            seed = None if self.seed is None else self.seed + n
+            made = generate_batch(
+                self.model,
+                [ids[row] for row in rows],
+                max_new_tokens=n,
+                stop_ids=stop_ids,
+                forbidden_ids=forbidden,
+                vocab_size=self.tokenizer.vocab_size,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                seed=seed,
+            )
+            for row, new in zip(rows, made, strict=True):
+                ids[row] += new
+                spoken[row] += [(span, index) for index in new]
+
+        rows = range(len(ids))
+        if self.thinking and rows:
+            go_on(rows, 1, Span.THOUGHT, (), (self._closing,))
+            thinking = [row for row in rows if ids[row][-1] == self._opening]
+            for row in set(rows) - set(thinking):
+                spoken[row] = [(Span.ANSWER, ids[row][-1])]
+            stops = {*self._stop_ids, self._closing}
+            go_on(thinking, min(self.max_thought_tokens, room // 2), Span.THOUGHT, stops, (self._opening,))
+            newline, blank_line = self.tokenizer.encode("\n"), self.tokenizer.encode("\n\n")
+            for row in thinking:
+                if ids[row][-1] in self._stop_ids:
+                    ids[row].pop()
+                    spoken[row].pop()
+                put_in = blank_line if ids[row][-1] == self._closing else [*newline, self._closing, *blank_line]
+                ids[row] += put_in
+                spoken[row] += [(Span.PROMPT, index) for index in put_in]
+        begun = [row for row in rows if spoken[row] and spoken[row][-1][0] == Span.ANSWER]
+        n_answer, forbidden = self.max_new_tokens, (self._opening, self._closing)
+        go_on([row for row in rows if row not in begun], n_answer, Span.ANSWER, self._stop_ids, forbidden)
+        going_on = [row for row in begun if ids[row][-1] not in self._stop_ids]
+        if n_answer > 1:
+            go_on(going_on, n_answer - 1, Span.ANSWER, self._stop_ids, forbidden)
+        return [self._answer(tokens, show_thought=show_thought) for tokens in spoken]
 
     def stream(self, question: str) -> Iterator[Piece]:
         """The thought and the answer, piece by piece as they come; joined, they are what `ask` returns.

@@ -10,14 +10,14 @@ from torch import Tensor
 from litgpt.model import GPT, KVCache
 from litgpt.utils import UserError
 
-__all__ = ["choose", "distribution", "generate", "new_cache"]
+__all__ = ["choose", "distribution", "generate", "generate_batch", "new_cache"]
 
 
-def new_cache(model: GPT, max_seq_length: int) -> KVCache:
-    """A cache for one row, in the model's own dtype and on its device, never longer than the model's context."""
+def new_cache(model: GPT, max_seq_length: int, *, rows: int = 1) -> KVCache:
+    """A cache in the model's own dtype and on its device, never longer than the model's context."""
     weight = model.lm_head.weight
     length = min(max_seq_length, model.config.block_size)
-    return KVCache(model.config, 1, length, device=weight.device, dtype=weight.dtype)
+    return KVCache(model.config, rows, length, device=weight.device, dtype=weight.dtype)
 
 
 def generate(
@@ -65,16 +65,104 @@ def generate(
         raise ValueError(f"the cache holds {kv_cache.length} positions, the prompt has only {len(prompt_ids)}")
     n_new = min(max_new_tokens, limit - len(prompt_ids))
 
-    device = model.lm_head.weight.device
-    # A mask of the whole vocabulary, built once: the choice below is then one addition and one argmax.
-    bias_V = torch.zeros(model.config.padded_vocab_size, device=device)
-    bias_V[list(forbidden_ids)] = -torch.inf
-    if vocab_size is not None:
-        bias_V[vocab_size:] = -torch.inf
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    bias_V = _bias(model, forbidden_ids, vocab_size)
+    generator = None if seed is None else torch.Generator(bias_V.device).manual_seed(seed)
     return _steps(
         model, list(prompt_ids), kv_cache, n_new, frozenset(stop_ids), bias_V, temperature, top_k, top_p, generator
     )
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    forbidden_ids: Collection[int] = (),
+    vocab_size: int | None = None,
+) -> list[list[int]]:
+    """What `generate` gives for each of several prompts, all of them in one forward a step.
+
+    Prompts are padded on the left, so that all rows end together; rows that have ended are dropped when they are half
+    of the batch. Memory is that of `KVCache` with one row a prompt. Greedy rows equal those of `generate` up to
+    rounding, which differs with the size of the batch.
+
+    Args:
+        model: in eval mode.
+        prompts: at least one id each.
+        max_new_tokens: at most so many ids a row.
+        stop_ids, temperature, top_k, top_p, forbidden_ids, vocab_size: see `generate`.
+        seed: of all rows' draws together.
+
+    Returns:
+        the new ids of each row, its stop id included.
+
+    Raises:
+        UserError: as `generate`, for the longest prompt.
+    """
+    if not prompts:
+        return []
+    limit = model.config.block_size
+    for prompt in prompts:
+        _check(prompt, limit, max_new_tokens, temperature, top_k, top_p)
+    longest = max(len(prompt) for prompt in prompts)
+    bias_V = _bias(model, forbidden_ids, vocab_size)
+    generator = None if seed is None else torch.Generator(bias_V.device).manual_seed(seed)
+    cache = new_cache(model, longest + max_new_tokens, rows=len(prompts))
+    padding_B = torch.tensor([longest - len(prompt) for prompt in prompts], device=bias_V.device)
+    idx_BT = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=bias_V.device)
+    made: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))
+    for _ in range(min(max_new_tokens, limit - longest)):
+        hidden_BTD = model(idx_BT, kv_cache=cache, left_padding_B=padding_B, return_logits=False).hidden
+        logits_BV = model.lm_head(hidden_BTD[:, -1]).float() + bias_V
+        chosen = _choose_rows(logits_BV, temperature, top_k, top_p, generator)
+        running = []
+        for position, (row, index) in enumerate(zip(rows, chosen, strict=True)):
+            ended = bool(made[row]) and made[row][-1] in stop_ids
+            if not ended:
+                made[row].append(index)
+                if index not in stop_ids:
+                    running.append(position)
+        if not running:
+            break
+        if 2 * len(running) <= len(rows):
+            cache.keep_rows(running)
+            padding_B = padding_B[running]
+            rows, chosen = [rows[position] for position in running], [chosen[position] for position in running]
+        idx_BT = torch.tensor(chosen, device=bias_V.device)[:, None]
+    return made
+
+
+def _choose_rows(
+    logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> list[int]:
+    if not torch.isfinite(logits_BV.amax(dim=-1)).all():
+        raise UserError(_NOT_NUMBERS)
+    if temperature == 0:
+        ids: list[int] = logits_BV.argmax(dim=-1).tolist()
+        return ids
+    return [
+        choose(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        for logits_V in logits_BV
+    ]
+
+
+def _bias(model: GPT, forbidden_ids: Collection[int], vocab_size: int | None) -> Tensor:
+    """A mask of the whole vocabulary, built once: a choice is then one addition and one argmax."""
+    bias_V = torch.zeros(model.config.padded_vocab_size, device=model.lm_head.weight.device)
+    bias_V[list(forbidden_ids)] = -torch.inf
+    if vocab_size is not None:
+        bias_V[vocab_size:] = -torch.inf
+    return bias_V
+
+
+_NOT_NUMBERS = "the model's logits are not numbers (NaN or infinite): the checkpoint is damaged or diverged"
 
 
 # As a decorator, inference mode is left at every yield; a `with` in the body would switch it on for the caller, too.
@@ -98,9 +186,7 @@ def _steps(
         hidden_BTD = model(idx_BT, kv_cache=kv_cache, return_logits=False).hidden
         logits_V = model.lm_head(hidden_BTD[0, -1]).float() + bias_V
         if not torch.isfinite(logits_V.max()):
-            raise UserError(
-                "the model's logits are not numbers (NaN or infinite): the checkpoint is damaged or diverged"
-            )
+            raise UserError(_NOT_NUMBERS)
         index = choose(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         yield index
         if index in stop_ids:

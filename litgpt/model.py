@@ -13,7 +13,7 @@ Shape legend (a name's suffix is its shape):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -91,6 +91,7 @@ class GPT(nn.Module):
         *,
         documents_BT: Tensor | None = None,
         kv_cache: KVCache | None = None,
+        left_padding_B: Tensor | None = None,
         layers: Collection[int] = (),
         return_logits: bool = True,
     ) -> Output:
@@ -101,6 +102,8 @@ class GPT(nn.Module):
             documents_BT: int; equal neighbours belong to one document. Attention stays inside a document and RoPE
                 restarts with it. Padding is a document of its own, e.g. -1. None: each row is one document.
             kv_cache: keys and values seen so far; this call appends to it and attends to all of it. Inference only.
+            left_padding_B: int64; so many positions at the head of each cached row are padding, which nothing attends
+                to and from which RoPE does not count. Prompts of different length then end together.
             layers: blocks whose output to return in `hidden_states`.
             return_logits: False leaves the vocabulary projection to the caller (a chunked loss).
 
@@ -110,12 +113,14 @@ class GPT(nn.Module):
         """
         T = idx_BT.size(1)
         start = 0 if kv_cache is None else kv_cache.length
-        self._check(idx_BT, start, documents_BT, kv_cache, layers)
+        self._check(idx_BT, start, documents_BT, kv_cache, left_padding_B, layers)
         positions_BT = torch.arange(start, start + T, device=idx_BT.device)[None]
         mask = None
         if documents_BT is not None:
             positions_BT = positions_in_document(documents_BT)
             mask = document_mask(documents_BT)
+        elif left_padding_B is not None:
+            positions_BT, mask = _padded_positions(positions_BT, left_padding_B)
         elif start > 0 and T > 1:
             mask = torch.arange(start + T, device=idx_BT.device) <= positions_BT.transpose(0, 1)
 
@@ -138,7 +143,13 @@ class GPT(nn.Module):
         return Output(self.lm_head(hidden) if return_logits else None, hidden, hidden_states, routing)
 
     def _check(
-        self, idx_BT: Tensor, start: int, documents_BT: Tensor | None, kv_cache: KVCache | None, layers: Collection[int]
+        self,
+        idx_BT: Tensor,
+        start: int,
+        documents_BT: Tensor | None,
+        kv_cache: KVCache | None,
+        left_padding_B: Tensor | None,
+        layers: Collection[int],
     ) -> None:
         end = start + idx_BT.size(1)
         if end > self.config.block_size:
@@ -147,6 +158,8 @@ class GPT(nn.Module):
             raise ValueError(f"{end} positions, but the cache holds {kv_cache.max_seq_length}")
         if kv_cache is not None and documents_BT is not None:
             raise ValueError("documents_BT and kv_cache exclude each other: a cached row is one document")
+        if left_padding_B is not None and (kv_cache is None or left_padding_B.shape != idx_BT.shape[:1]):
+            raise ValueError("left_padding_B goes with a kv_cache and has one entry a row")
         if documents_BT is not None and documents_BT.shape != idx_BT.shape:
             raise ValueError(f"documents_BT has shape {tuple(documents_BT.shape)}, idx_BT {tuple(idx_BT.shape)}")
         if bad := [i for i in layers if not 0 <= i < self.config.n_layer]:
@@ -161,6 +174,16 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = RMSNorm(config.n_embd, config.norm_eps)
+
+
+def _padded_positions(index_1T: Tensor, left_padding_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions [B, T] from each row's first real token on, and the mask [B, 1, T, S] that hides what is before."""
+    keys_S = torch.arange(int(index_1T[0, -1]) + 1, device=index_1T.device)
+    query_T1 = index_1T.transpose(0, 1)
+    real_B1S = keys_S >= left_padding_B[:, None, None]
+    # A padded query sees itself: an empty row would be NaN after the softmax.
+    mask_BTS = (keys_S <= query_T1) & (real_B1S | (keys_S == query_T1))
+    return (index_1T - left_padding_B[:, None]).clamp_min(0), mask_BTS[:, None]
 
 
 def positions_in_document(documents_BT: Tensor) -> Tensor:
@@ -470,6 +493,6 @@ class KVCache:
         """The part of block i."""
         return LayerKV(self.kv[0, i], self.kv[1, i], self.length)
 
-    def reset(self) -> None:
-        """Forget everything; the memory is kept."""
-        self.length = 0
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Drop all other rows; what is left is copied once."""
+        self.kv = self.kv[:, :, list(rows)]

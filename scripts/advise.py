@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from advisory.advisor import DISCLAIMER_HI, MAX_QUESTION_CHARACTERS, Advisor, clean_question, default_checkpoint
 from advisory.case import with_case_lines
-from advisory.knowledge import load_knowledge
+from advisory.facts import load_facts
 from litgpt.utils import UserError, parse_dtype, run_cli
 
 KNOWLEDGE = Path(__file__).resolve().parents[1] / "data" / "knowledge"
@@ -65,7 +65,7 @@ def advise(
         dtype=parse_dtype(dtype) if dtype is not None else None,
     )
 
-    question = with_case_lines(question, load_knowledge(KNOWLEDGE))
+    question = with_case_lines(question, load_facts(KNOWLEDGE))
     printed: set[str] = set()
     for piece in advisor.stream(question):
         if piece.kind == "cut":

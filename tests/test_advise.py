@@ -21,7 +21,7 @@ from advisory import advisor as advisor_module
 from advisory.advisor import DISCLAIMER_HI, MAX_QUESTION_CHARACTERS, Advisor, Piece, clean_question
 from advisory.case import with_case_lines
 from advisory.compose import SYSTEM_HI
-from advisory.knowledge import load_knowledge
+from advisory.facts import load_facts
 from litgpt.chat import Message, render
 from litgpt.checkpoint import save_lit_dir
 from litgpt.config import Config
@@ -76,7 +76,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same mixture of experts after it has learnt one dialogue by heart, as typed and with its case lines."""
     advisor = Advisor(checkpoint, device="cpu")
-    questions = (QUESTION, with_case_lines(clean_question(QUESTION), load_knowledge(ROOT / "data" / "knowledge")))
+    questions = (QUESTION, with_case_lines(clean_question(QUESTION), load_facts(ROOT / "data" / "knowledge")))
     assert questions[1].splitlines()[1:] == ["फसल: गेहूं, उम्र पता नहीं", "मौसम: पता नहीं", "मिट्टी: पता नहीं"]
     learnt = [torch.tensor([training_ids(advisor, THOUGHT, question)]) for question in questions]
     optimizer = torch.optim.Adam(advisor.model.parameters(), lr=1e-2)
@@ -100,6 +100,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_many_questions_at_once_are_answered_as_one_by_one(trained: Path, checkpoint: Path, thinking: bool) -> None:
+    asked = [QUESTION, "आलू?", "धान के पत्ते " * 12, "क"]
+    for directory in (checkpoint, trained):
+        # The random one runs into every limit; the trained one ends its turns.
+        advisor = Advisor(
+            directory, device="cpu", dtype=torch.float64, max_new_tokens=40, max_thought_tokens=15, thinking=thinking
+        )
+        alone = [advisor.ask(question, show_thought=True) for question in asked]
+        conversations: list[list[Message]] = [
+            [{"role": "system", "content": SYSTEM_HI}, {"role": "user", "content": clean_question(question)}]
+            for question in asked
+        ]
+        together = advisor.ask_many(conversations, show_thought=True)
+        assert together == alone
+        assert [answer.thought for answer in advisor.ask_many(conversations)] == [None] * len(asked)
+    assert alone[0].text and advisor.ask_many([]) == []
+    with pytest.raises(UserError, match="positions: shorten it"):
+        advisor.ask_many([[{"role": "user", "content": "क " * 600}]])
 
 
 @pytest.fixture

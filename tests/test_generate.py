@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from litgpt.config import Config
-from litgpt.generate import choose, distribution, generate, new_cache
+from litgpt.generate import choose, distribution, generate, generate_batch, new_cache
 from litgpt.model import GPT
 from litgpt.utils import UserError
 
@@ -243,6 +243,45 @@ def test_settings_out_of_range_are_refused_at_once(changed: dict[str, Any], mess
     arguments: dict[str, Any] = {"prompt_ids": PROMPT, "max_new_tokens": 5, **changed}
     with pytest.raises(UserError, match=message):
         generate(tiny_model(), **arguments)
+
+
+def test_a_batch_gives_each_row_what_it_gives_alone() -> None:
+    model = tiny_model().double()
+    prompts = [PROMPT, [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [50, 60], PROMPT[:2]]
+    alone = [list(generate(model, prompt, max_new_tokens=25, vocab_size=VOCAB)) for prompt in prompts]
+    assert generate_batch(model, prompts, max_new_tokens=25, vocab_size=VOCAB) == alone
+    # With stops that end the rows at different times, rows are dropped on the way.
+    stops = {row[n] for n, row in zip((3, 9, 1, 20, 6), alone, strict=True)}
+    stopped = [list(generate(model, prompt, max_new_tokens=25, stop_ids=stops, vocab_size=VOCAB)) for prompt in prompts]
+    assert len({len(row) for row in stopped}) > 1
+    assert generate_batch(model, prompts, max_new_tokens=25, stop_ids=stops, vocab_size=VOCAB) == stopped
+
+
+def test_a_batch_draws_repeatably_and_never_what_is_forbidden() -> None:
+    model = tiny_model()
+    prompts = [PROMPT, PROMPT[1:], [9]]
+    drawn = generate_batch(
+        model, prompts, max_new_tokens=30, temperature=1.5, seed=3, forbidden_ids=(4, 5), vocab_size=VOCAB
+    )
+    assert drawn == generate_batch(
+        model, prompts, max_new_tokens=30, temperature=1.5, seed=3, forbidden_ids=(4, 5), vocab_size=VOCAB
+    )
+    assert drawn != generate_batch(model, prompts, max_new_tokens=30, temperature=1.5, seed=4, vocab_size=VOCAB)
+    said = {index for row in drawn for index in row}
+    assert not said & {4, 5} and max(said) < VOCAB
+
+
+def test_a_batch_ends_with_the_context_and_refuses_what_one_row_refuses() -> None:
+    model = tiny_model(block_size=16)
+    made = generate_batch(model, [[1] * 12, [2]], max_new_tokens=30)
+    assert [len(row) for row in made] == [4, 4]
+    assert generate_batch(model, [], max_new_tokens=3) == []
+    with pytest.raises(UserError, match="empty"):
+        generate_batch(model, [[1], []], max_new_tokens=3)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="NaN or infinite"):
+        generate_batch(model, [[1], [2, 3]], max_new_tokens=3)
 
 
 def test_a_diverged_checkpoint_is_named() -> None:

@@ -272,16 +272,37 @@ def test_any_split_of_a_sequence_through_the_cache(pieces: list[int], moe: bool)
 
 
 @torch.no_grad()
-def test_cache_reset_and_dtype() -> None:
+def test_cache_rows_and_dtype() -> None:
     config = config_of("qwen3")
     model = build(config).to(torch.bfloat16)
-    cache = KVCache(config, 1, 8, dtype=torch.bfloat16)
-    first = model(ids(1, 5), kv_cache=cache).logits
-    cache.reset()
-    assert cache.length == 0
-    again = model(ids(1, 5), kv_cache=cache).logits
-    assert torch.equal(first, again)
-    assert cache.kv.shape == (2, 3, 1, 2, 8, 14)
+    cache = KVCache(config, 2, 8, dtype=torch.bfloat16)
+    assert cache.kv.shape == (2, 3, 2, 2, 8, 14)
+    idx = ids(2, 5)
+    model(idx, kv_cache=cache)
+    kept = cache.kv[:, :, 1].clone()
+    cache.keep_rows([1])
+    assert cache.length == 5 and torch.equal(cache.kv[:, :, 0], kept)
+
+
+@pytest.mark.parametrize("moe", [False, True])
+@torch.no_grad()
+def test_left_padding_changes_nothing_but_rounding(moe: bool) -> None:
+    config = config_of("qwen3_moe" if moe else "qwen3", n_layer=2)
+    model = build(config).double()
+    short, long = ids(1, 3), ids(1, 7)
+    padded = torch.cat([torch.cat([torch.zeros(1, 4, dtype=torch.int64), short], dim=1), long])
+    cache = KVCache(config, 2, 16, dtype=torch.float64)
+    padding = torch.tensor([4, 0])
+    both = model(padded, kv_cache=cache, left_padding_B=padding).logits
+    torch.testing.assert_close(both[0, 4:], model(short).logits[0], atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(both[1], model(long).logits[0], atol=1e-12, rtol=1e-12)
+    following = ids(2, 1)
+    step = model(following, kv_cache=cache, left_padding_B=padding).logits
+    torch.testing.assert_close(
+        step[0, 0], model(torch.cat([short, following[:1]], 1)).logits[0, -1], atol=1e-12, rtol=1e-12
+    )
+    with pytest.raises(ValueError, match="left_padding_B"):
+        model(padded, left_padding_B=padding)
 
 
 def test_cache_holds_no_graph_and_works_with_checkpointing_on() -> None:
