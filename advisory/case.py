@@ -1,7 +1,8 @@
-"""One farmer's field: the crop, its age, what is seen, the soil card and the weather, as a few short Hindi lines.
+"""One farmer's field as a few short Hindi lines: crop and age, weather, soil, and, where known, what was done to it.
 
-What is not known is said ("मौसम: पता नहीं"), so that silence never reads as fine weather. Soil readings are rated
-in code and shown as words ("नाइट्रोजन कम"), because a small model reads words better than numbers.
+What is not known is said ("मौसम: पता नहीं"), so that silence never reads as fine weather. Soil readings are rated in
+code and shown as words first ("जिंक कम"), because a small model reads words better than numbers. A case may carry lines
+of the list of chemicals: a dose is only ever copied from there, never remembered.
 """
 
 from __future__ import annotations
@@ -9,174 +10,184 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
 
-from advisory.knowledge import Crop, Knowledge, Stage
+from advisory.facts import Facts
+from advisory.knowledge import Amount, Chemical, Crop, Stage
+from advisory.soil import SoilCard
+from advisory.weather import WeatherReport
 from litgpt.utils import UserError
 
 UNKNOWN_HI = "पता नहीं"
-NORMAL_SOIL_HI = "सामान्य"
+MAX_DAYS = 5000
+"""No field crop is older; a mango tree's days are counted from flowering."""
+
+UNIT_HI = {"g": "ग्राम", "kg": "किलो", "ml": "मिली", "l": "लीटर", "%": "%", "ppm": "ppm"}
+PER_HI = {
+    "acre": "प्रति एकड़", "hectare": "प्रति हेक्टेयर", "litre_water": "प्रति लीटर पानी",
+    "kg_seed": "प्रति किलो बीज", "plant": "प्रति पौधा",
+}  # fmt: skip
+USE_HI = {
+    "spray": "छिड़काव", "seed_treatment": "बीज उपचार", "seedling_dip": "पौध उपचार", "soil": "मिट्टी में", "bait": "चारा",
+    "fertiliser": "खाद",
+}  # fmt: skip
+APPLIED_HI = {"fertiliser": "खाद", "pesticide": "दवा", "irrigation": "पानी"}
+
+# Crop names that change before a postposition: "चने में", "गन्ने की".
+_OBLIQUE = {"चना": "चने", "गन्ना": "गन्ने", "भुट्टा": "भुट्टे", "केला": "केले", "मक्का": "मक्के"}
+
+
+def oblique(name_hi: str) -> str:
+    """A crop's name as it stands before "में" or "की"."""
+    return _OBLIQUE.get(name_hi, name_hi)
 
 
 @dataclass(frozen=True)
-class Weather:
-    """A state of the weather: its words in a case line, in a farmer's question and in the English thought."""
+class Applied:
+    """What was put on the field, and how many days ago."""
 
-    key: str
-    line_hi: str
-    spoken_hi: str
-    name_en: str
+    kind: Literal["fertiliser", "pesticide", "irrigation"]
+    days_ago: int
+    what_hi: str | None = None
+    """The farmer's word for it, e.g. यूरिया."""
 
-
-WEATHERS: Mapping[str, Weather] = {
-    weather.key: weather
-    for weather in (
-        Weather("rain_soon", "अगले 24 घंटे में बारिश", "कल बारिश के आसार हैं", "rain in 24 h"),
-        Weather("windy", "तेज हवा", "तेज हवा चल रही है", "strong wind"),
-        Weather("hot", "तेज गर्मी", "गर्मी बहुत तेज है", "high heat"),
-        Weather("cool_humid", "ठंडा और नम", "ठंड और नमी है", "cool and humid"),
-        Weather("warm_humid", "गर्म और नम", "उमस बहुत है", "warm and humid"),
-        Weather("dry", "सूखा", "कई दिन से बारिश नहीं हुई", "dry spell"),
-        Weather("frost", "पाले के आसार", "पाला पड़ने के आसार हैं", "frost likely"),
-        Weather("clear", "साफ", "मौसम साफ है", "clear"),
-        Weather("unknown", UNKNOWN_HI, "मौसम पता नहीं", "unknown"),
-    )
-}
-
-
-@dataclass(frozen=True)
-class SoilReading:
-    """A parameter of the Soil Health Card and the limits that rate it.
-
-    Limits differ by state; these are the common ones. `low` and `high` are in the card's own unit. No page was read yet
-    that states those of P, K, Fe, Mn and Cu: nothing that a farmer reads may rest on these five numbers before one is.
-    The dialogues name only the rating ("पोटाश कम"), which a card prints itself.
-    """
-
-    key: str
-    unit: str
-    low: float | None
-    low_flag: str | None
-    high: float | None = None
-    high_flag: str | None = None
-
-
-SOIL_READINGS: Mapping[str, SoilReading] = {
-    reading.key: reading
-    for reading in (
-        SoilReading("ph", "pH", 6.5, "low_ph", 8.2, "high_ph"),
-        SoilReading("ec", "dS/m", None, None, 1.0, "saline"),
-        SoilReading("oc", "%", 0.5, "low_oc"),
-        SoilReading("n", "kg/ha", 280.0, "low_n", 560.0, "high_n"),
-        SoilReading("p", "kg/ha", 10.0, "low_p"),
-        SoilReading("k", "kg/ha", 108.0, "low_k"),
-        SoilReading("s", "ppm", 10.0, "low_s"),
-        SoilReading("zn", "ppm", 0.6, "low_zn"),
-        SoilReading("b", "ppm", 0.5, "low_b"),
-        SoilReading("fe", "ppm", 4.5, "low_fe"),
-        SoilReading("mn", "ppm", 2.0, "low_mn"),
-        SoilReading("cu", "ppm", 0.2, "low_cu"),
-    )
-}
-
-SOIL_FLAG_HI: Mapping[str, str] = {
-    "low_n": "नाइट्रोजन कम",
-    "high_n": "नाइट्रोजन ज्यादा",
-    "low_p": "फास्फोरस कम",
-    "low_k": "पोटाश कम",
-    "low_s": "गंधक कम",
-    "low_zn": "जिंक कम",
-    "low_fe": "लोहा कम",
-    "low_b": "बोरॉन कम",
-    "low_mn": "मैंगनीज कम",
-    "low_cu": "तांबा कम",
-    "low_ca": "कैल्शियम कम",
-    "low_mg": "मैग्नीशियम कम",
-    "low_oc": "जैविक कार्बन कम",
-    "low_ph": "पीएच कम",
-    "high_ph": "पीएच ज्यादा",
-    "saline": "नमक ज्यादा",
-    "sandy": "रेतीली मिट्टी",
-    "heavy": "भारी मिट्टी",
-    "waterlogged": "पानी भरा रहता है",
-}
+    def __post_init__(self) -> None:
+        if self.kind not in APPLIED_HI:
+            raise UserError(f"applied kind is {self.kind!r}; choose one of {', '.join(APPLIED_HI)}")
+        if not 0 <= self.days_ago <= MAX_DAYS:
+            raise UserError(f"applied days_ago is {self.days_ago}; give a whole number from 0")
 
 
 @dataclass(frozen=True)
 class FarmCase:
-    """What is known of one field.
+    """What is known of one field. Everything may be missing.
 
     Raises:
-        UserError: an unknown weather or soil parameter, an age below zero.
+        UserError: an age below zero or beyond all sense.
     """
 
     crop: str | None = None
     """Id of the crop, `None` when the farmer did not say."""
+    variety: str | None = None
+    place: str | None = None
     age_days: int | None = None
     """Days after the crop's day basis (sowing, transplanting or planting)."""
-    part: str | None = None
     symptoms: tuple[str, ...] = ()
-    """The farmer's own words."""
-    soil: Mapping[str, float | str] | None = field(default=None)
-    """Readings of the Soil Health Card by `SOIL_READINGS` key, and `"texture": "sandy"|"heavy"`,
-    `"drainage": "waterlogged"`; an empty mapping means a card without remarks, `None` no card."""
-    weather: str | None = None
-    """A key of `WEATHERS`; `None` is the same as `"unknown"` in the rendered lines."""
+    """The farmer's own words, one sign each."""
+    soil: SoilCard | None = None
+    weather: WeatherReport = field(default_factory=WeatherReport)
+    applied: tuple[Applied, ...] = ()
+    table: tuple[Chemical, ...] = ()
+    """Lines of the list of chemicals that are shown with the case."""
+    at: datetime | None = None
+    """When it is asked, from which a forecast's age counts; `None` is now."""
+
+    _flags: dict[tuple[str, Facts], tuple[str, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Flags once worked out: every rule asks for them."""
 
     def __post_init__(self) -> None:
-        if self.age_days is not None and self.age_days < 0:
-            raise UserError(f"age_days is {self.age_days}; days after sowing cannot be below 0")
-        if self.weather is not None and self.weather not in WEATHERS:
-            raise UserError(f"weather is {self.weather!r}; choose one of {', '.join(WEATHERS)}")
-        for key, value in (self.soil or {}).items():
-            if key in SOIL_READINGS and isinstance(value, int | float):
-                continue
-            if (key, value) in {("texture", "sandy"), ("texture", "heavy"), ("drainage", "waterlogged")}:
-                continue
-            raise UserError(
-                f"soil {key}: {value!r} is not known; give numbers for {', '.join(SOIL_READINGS)}, "
-                "texture: sandy or heavy, drainage: waterlogged"
-            )
+        if self.age_days is not None and not 0 <= self.age_days <= MAX_DAYS:
+            raise UserError(f"age_days is {self.age_days}; give days after sowing, from 0 to {MAX_DAYS}")
 
     def stage(self, crop: Crop) -> Stage | None:
         """The growth stage, `None` when the age is unknown or past the last stage."""
         return None if self.age_days is None else crop.stage(self.age_days)
 
-    def soil_flags(self) -> tuple[str, ...]:
-        """What the soil card says out of the ordinary, as flags in the order of `SOIL_READINGS`."""
-        soil = self.soil or {}
-        flags: list[str] = []
-        for key, reading in SOIL_READINGS.items():
-            value = soil.get(key)
-            if not isinstance(value, int | float):
-                continue
-            if reading.low_flag and reading.low is not None and value < reading.low:
-                flags.append(reading.low_flag)
-            if reading.high_flag and reading.high is not None and value > reading.high:
-                flags.append(reading.high_flag)
-        flags.extend(str(soil[key]) for key in ("texture", "drainage") if key in soil)
-        return tuple(flags)
-
-    def soil_hi(self) -> str:
-        """The soil in words: what is out of the ordinary, "सामान्य", or "पता नहीं" without a card."""
+    def soil_flags(self, facts: Facts) -> tuple[str, ...]:
+        """What the soil card says out of the ordinary."""
         if self.soil is None:
-            return UNKNOWN_HI
-        return ", ".join(SOIL_FLAG_HI[flag] for flag in self.soil_flags()) or NORMAL_SOIL_HI
+            return ()
+        if ("soil", facts) not in self._flags:
+            self._flags["soil", facts] = self.soil.flags(facts.soil)
+        return self._flags["soil", facts]
 
-    def weather_hi(self) -> str:
-        """The weather in words, "पता नहीं" when it is not known."""
-        return WEATHERS[self.weather or "unknown"].line_hi
+    def weather_flags(self, facts: Facts) -> tuple[str, ...]:
+        """The states of the weather that rules look at, `("unknown",)` when nothing is known."""
+        if ("weather", facts) not in self._flags:
+            self._flags["weather", facts] = self.weather.flags(facts.weather, self.at)
+        return self._flags["weather", facts]
 
-    def render(self, crop: Crop | None) -> str:
-        """The case as three short lines: crop with age and stage, weather, soil.
+    def soil_hi(self, facts: Facts) -> str:
+        """The soil in words, "पता नहीं" without a card."""
+        return UNKNOWN_HI if self.soil is None else self.soil.line_hi(facts.soil)
 
-        Args:
-            crop: the crop that `self.crop` names, `None` when it is not known.
-        """
+    def render(self, facts: Facts) -> str:
+        """Three short lines (crop, weather, soil), and further ones for history and list where there is some."""
+        crop = facts.knowledge.crops.get(self.crop) if self.crop else None
         name = crop.name_hi if crop else UNKNOWN_HI
+        if self.variety:
+            name += f" ({self.variety})"
         age = f"{self.age_days} दिन" if self.age_days is not None else f"उम्र {UNKNOWN_HI}"
         stage = self.stage(crop) if crop else None
-        first = ", ".join([name, age, *([stage.name_hi] if stage else [])])
-        return f"फसल: {first}\nमौसम: {self.weather_hi()}\nमिट्टी: {self.soil_hi()}"
+        first = ", ".join([name, age, *([stage.name_hi] if stage else []), *([self.place] if self.place else [])])
+        lines = [
+            f"फसल: {first}",
+            f"मौसम: {self.weather.line_hi(facts.weather, self.at)}",
+            f"मिट्टी: {self.soil_hi(facts)}",
+        ]
+        if self.applied:
+            done = (f"{one.what_hi or APPLIED_HI[one.kind]} {one.days_ago} दिन पहले" for one in self.applied)
+            lines.append(f"डाला गया: {', '.join(done)}")
+        lines += [f"सूची: {chemical_hi(chemical)}" for chemical in self.table]
+        return "\n".join(lines)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], facts: Facts) -> FarmCase:
+        """A case as a form or a JSON file gives it: `crop` by any of its names, soil and weather as their records.
+
+        Raises:
+            UserError: an unknown key, an unknown crop, or a value that makes no sense; one line.
+        """
+        known = {"crop", "variety", "place", "age_days", "symptoms", "soil", "weather", "applied"}
+        if unknown := sorted(set(values) - known):
+            raise UserError(f"case: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        crop = None
+        if values.get("crop"):
+            name = str(values["crop"])
+            crop = facts.knowledge.crops.get(name) or facts.knowledge.crop_named(name)
+            if crop is None:
+                raise UserError(f"case: crop {name!r} is not known; known are {', '.join(facts.knowledge.crops)}")
+        age = values.get("age_days")
+        if age is not None and (not isinstance(age, int) or isinstance(age, bool)):
+            raise UserError(f"case: age_days is {age!r}; give a whole number of days")
+        symptoms = values.get("symptoms") or ()
+        weather = values.get("weather")
+        try:
+            applied = tuple(Applied(**entry) for entry in values.get("applied") or ())
+        except TypeError:
+            raise UserError("case: applied takes a list of {kind, days_ago, what_hi}") from None
+        return cls(
+            crop=crop.id if crop else None,
+            variety=values.get("variety"),
+            place=values.get("place"),
+            age_days=age,
+            symptoms=(symptoms,) if isinstance(symptoms, str) else tuple(symptoms),
+            soil=SoilCard.from_mapping(values["soil"]) if values.get("soil") is not None else None,
+            weather=WeatherReport.from_mapping(weather) if weather is not None else WeatherReport(),
+            applied=applied,
+        )
+
+
+def amount_hi(amount: Amount) -> str:
+    """ "200 मिली प्रति एकड़"."""
+    number = " से ".join(
+        f"{value:g}" for value in (amount.amount if isinstance(amount.amount, tuple) else [amount.amount])
+    )
+    return " ".join([number, UNIT_HI[amount.unit], *([PER_HI[amount.per]] if amount.per else [])])
+
+
+def chemical_hi(chemical: Chemical) -> str:
+    """A line of the list: name, formulation, use, dose and waiting period as far as a source gives them."""
+    parts = [f"{chemical.name_hi} {chemical.formulation} ({USE_HI[chemical.use]})"]
+    parts.append(amount_hi(chemical.dose) if chemical.dose else "मात्रा लेबल से")
+    if chemical.water:
+        parts.append(f"पानी {amount_hi(chemical.water)}")
+    if chemical.waiting_days:
+        parts.append(f"कटाई से {chemical.waiting_days} दिन पहले बंद")
+    return ", ".join(parts)
 
 
 # "60 दिन", "60-दिन", "60 din", "60 days"; \d takes Devanagari digits as well.
@@ -187,15 +198,19 @@ _AGE_DAYS = re.compile(
 )
 
 
-def with_case_lines(question: str, knowledge: Knowledge) -> str:
+def age_in(text: str) -> int | None:
+    """The crop's age in days that a text states; two different ages are none."""
+    ages = {int(days) for days in _AGE_DAYS.findall(text)}
+    return ages.pop() if len(ages) == 1 else None
+
+
+def with_case_lines(question: str, facts: Facts) -> str:
     """A farmer's question followed by the three case lines that say what was understood of it.
 
-    Crop and age are read from the words (two different ages are none); weather and soil are said to be unknown. A
-    question without a crop we know, or with case lines of its own, stays as it is.
+    Crop and age are read from the words; weather and soil are said to be unknown. A question without a crop we know,
+    or with case lines of its own, stays as it is.
     """
-    crop = knowledge.crop_named(question)
+    crop = facts.knowledge.crop_named(question)
     if crop is None or "\n" in question:
         return question
-    ages = {int(days) for days in _AGE_DAYS.findall(question)}
-    case = FarmCase(crop=crop.id, age_days=ages.pop() if len(ages) == 1 else None)
-    return f"{question}\n{case.render(crop)}"
+    return f"{question}\n{FarmCase(crop=crop.id, age_days=age_in(question)).render(facts)}"

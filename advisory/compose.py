@@ -1,418 +1,274 @@
-"""Crop facts × a farmer's case → one dialogue: question, short English thought, Hindi answer.
+"""A case and a way of asking → one dialogue in the record contract, with what a right answer must hold.
 
-The answer is assembled, never written freely: every sentence is a field of the problem or one of the few fixed
-sentences below, so what the model learns can be traced to a source. The same case always gives the same answer;
-only the question varies. The rule against spraying in rain, wind and heat follows TNAU Agritech, "Safe use of
-pesticides"; that rain washes nitrogen out follows Krishi GK, "Nitrogen deficiency in wheat at the early stage".
+The answers are those of `advisory/advice.py`: the same case always gives the same answer, only the question varies.
+`meta.expect` says what kind of answer is right (`advice`, `ask`, `refuse`, `emergency`, `table`), `meta.causes` the
+ranked causes, `meta.must` the sentences that circumstances ask for: the exam reads them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
-from advisory.case import SOIL_FLAG_HI, WEATHERS, FarmCase
-from advisory.knowledge import Crop, Knowledge, Problem, SafetyTopic, clean
+from advisory import questions
+from advisory.advice import (
+    HELPLINE_HI,
+    KVK_HI,
+    TABLE_HI,
+    Advice,
+    action_of,
+    answer_hi,
+    derive,
+    thought_en,
+    thought_hi,
+)
+from advisory.case import FarmCase, chemical_hi, oblique
+from advisory.facts import Facts
+from advisory.knowledge import Chemical, Problem, SafetyTopic
+from advisory.pesticides import Pesticide
+from advisory.weather import WeatherReport
 
 SYSTEM_HI = "आप किसान सलाहकार हैं। सरल हिंदी में छोटी और सुरक्षित सलाह दें।"
-HELPLINE_HI = "शक हो तो किसान कॉल सेंटर 1800-180-1551 पर पूछें।"
-MAX_ANSWER_WORDS = 90
-KVK_HI = "कृषि विज्ञान केंद्र"
-MIN_MEASURES, MAX_MEASURES = 2, 4
+EMERGENCIES = frozenset({"poisoned_person", "pesticide_in_eye", "self_harm"})
 
-LATER_HI = "आगे के लिए: {step}"
-
-RAIN_NO_SPRAY_HI = "बारिश के आसार हैं, अभी छिड़काव न करें।"
-RAIN_NO_FERTILISER_HI = "बारिश के आसार हैं, अभी खाद न डालें।"
-RAIN_DRAIN_HI = "बारिश के आसार हैं, निकासी की नाली आज ही साफ करें।"
-WIND_NO_SPRAY_HI = "तेज हवा में छिड़काव न करें।"
-HEAT_NO_SPRAY_HI = "तेज गर्मी में छिड़काव न करें।"
-WEATHER_FAVOURS_HI = "इस मौसम में खतरा ज्यादा है, रोज खेत देखें।"
-CHECK_WEATHER_SPRAY_HI = "छिड़काव से पहले मौसम देख लें।"
-CHECK_WEATHER_FERTILISER_HI = "खाद डालने से पहले मौसम देख लें।"
-SOIL_SUPPORTS_HI = "मिट्टी की जांच: {flag}, इससे शक और बढ़ता है।"
-SOIL_UNSURE_HI = "मिट्टी की जांच से यह पक्का नहीं होता, दूसरे कारण भी देखें।"
-UNUSUAL_AGE_HI = "इस उम्र में ऐसा कम होता है, पहले जांच करें।"
-
-FIXED_SENTENCES_HI = frozenset(
-    {
-        HELPLINE_HI, RAIN_NO_SPRAY_HI, RAIN_NO_FERTILISER_HI, RAIN_DRAIN_HI, WIND_NO_SPRAY_HI, HEAT_NO_SPRAY_HI,
-        WEATHER_FAVOURS_HI, CHECK_WEATHER_SPRAY_HI, CHECK_WEATHER_FERTILISER_HI, SOIL_UNSURE_HI, UNUSUAL_AGE_HI,
-        *(SOIL_SUPPORTS_HI.format(flag=flag) for flag in SOIL_FLAG_HI.values()),
-    }
-)  # fmt: skip
-
-# Which states of the weather bring a problem whose `favoured_by.weather` is the key.
-FAVOURING = {
-    "cool_humid": {"cool_humid"},
-    "warm_humid": {"warm_humid"},
-    "hot_dry": {"dry", "hot"},
-    "cool_dry": {"dry"},
-    "frost": {"frost"},
-    "rain": {"rain_soon"},
-    "waterlogged": {"rain_soon"},
-}
-
-QUESTION_WITH_AGE = (
-    "{in_crop} {symptom}, फसल {age} की है।",
-    "मेरी {crop} की फसल {age} की है, {symptom}। क्या करूं?",
-    "{crop} की {age} की फसल है और {symptom}। कौन सा रोग है?",
-    "{basis} को {age} हुए हैं, {in_crop} {symptom}। क्या उपाय करें?",
-    "{symptom}। फसल {crop} की है और {age} की हो गई है। क्या करना चाहिए?",
-    "{in_crop} {symptom}। फसल {age} की है, इलाज बताएं।",
-    "फसल {crop} की, उम्र {age}। {symptom}। सलाह दें।",
+BANNED_HI = "{chemical} पर भारत में रोक है, इसे न खरीदें और न डालें।"
+RESTRICTED_HI = "{chemical} {crop} पर मना है, इसे न डालें।"
+INSTEAD_HI = f"1. पुरानी दवा को बच्चों और पशुओं से दूर रखें।\n2. लक्षण बताएं, सुरक्षित उपाय मिलेगा।\n3. दवा केवल {KVK_HI} से पूछकर लें।"
+NO_DOSE_HI = (
+    "यहां सूची में इसकी मात्रा नहीं है, याद से मात्रा बताना ठीक नहीं।\n1. लेबल पर लिखी मात्रा ही मानें।\n"
+    f"2. {KVK_HI} या किसान कॉल सेंटर 1800-180-1551 से पूछें।"
 )
-QUESTION_WITHOUT_AGE = (
-    "{in_crop} {symptom}, क्या करूं?",
-    "{in_crop} {symptom}। यह क्या है और क्या करूं?",
-    "मेरे खेत की {crop} की फसल में दिक्कत है। {symptom}। कारण बताएं।",
-    "{symptom}। फसल {crop} की है, उपाय बताएं।",
-    "कई दिन से {in_crop} {symptom}। क्या करना चाहिए?",
-)
-QUESTION_MIXED = (
-    "Meri {alias} ki fasal {days} din ki hai, {symptom}. Kya karu?",
-    "{alias} me {symptom}, {days} din ki fasal hai. Kya upay hai?",
-)
-GREETINGS = ("", "", "", "नमस्ते, ", "राम राम जी, ", "भाई साहब, ", "नमस्कार, ")
-CLOSINGS = ("", "", "", " जल्दी बताएं।", " कृपया मदद करें।")
-MONTHS = {60: "दो महीने", 90: "तीन महीने"}
-BASIS_HI = {"sowing": "बुवाई", "transplanting": "रोपाई", "planting": "बुवाई"}
 
-# The possessive before a symptom that opens with its plant part: "गेहूं के पत्तों पर", "गेहूं की बालियां".
-POSSESSIVE = {
-    noun: particle
-    for particle, nouns in {
-        "के": "पत्ते पत्तों पौधे पौधों तने तनों फल फलों फूल फूलों दाने दानों कंद कंदों खेत टिंडे टिंडों पूरे",
-        "की": "पत्तियां पत्तियों बाली बालियां बालियों जड़ जड़ें जड़ों फलियां फलियों फली पूरी फसल पत्ती टहनी टहनियां चोटी कलियां गांठों",
-        "का": "पूरा पौधा तना पत्ता टिंडा",
-    }.items()
-    for noun in nouns.split()
-}
-
-# Crop names that change before a postposition: "चने में", "गन्ने की".
-OBLIQUE = {"चना": "चने", "गन्ना": "गन्ने", "भुट्टा": "भुट्टे"}
-
-ASKING = ("क्या", "कौन", "कैसे", "कहां", "कब", "किसे", "कितनी", "कितना")
-
-CLARIFY_CROP_QUESTIONS = (
-    "{symptom}। क्या करूं?",
-    "मेरे खेत में {symptom}, उपाय बताएं।",
-    "{symptom}। यह कौन सा रोग है?",
-    "कई दिन से {symptom}। क्या करना चाहिए?",
-)
-CLARIFY_CROP_ANSWER = "पहले बताएं, यह कौन सी फसल है और कितने दिन की है?"
-CLARIFY_CROP_THOUGHT = (
-    "A sign is given but the crop is missing -> the same sign has other causes in other crops. "
-    "Do not guess. Ask one question: which crop, how old."
-)
-CLARIFY_SIGN_QUESTIONS = (
-    "मेरी {crop} की फसल खराब हो रही है, क्या करूं?",
-    "{crop} की फसल में रोग लग गया है, उपाय बताएं।",
-    "{crop} की फसल ठीक नहीं बढ़ रही, क्या दिक्कत है?",
-    "{crop} की फसल {age} की है, कौन सी दवा डालूं?",
-    "{crop} की {age} की फसल में कुछ गड़बड़ है, सलाह दें।",
-    "मेरी {crop} की फसल {age} की है और खराब दिख रही है।",
-    "{crop} में कीड़ा लगा है या रोग, कुछ समझ नहीं आ रहा।",
-    "{crop} की फसल कमजोर है, क्या डालें?",
-)
-CLARIFY_SIGN_ANSWER = "पहले बताएं, {crop} के किस भाग में क्या दिख रहा है: {parts}?"
-CLARIFY_SIGN_THOUGHT = (
-    "Crop {crop}, but no sign is given -> the cause cannot be told. Do not guess, name no chemical. "
-    "Ask one question: which part and what is seen."
-)
-PART_HI = {
-    "leaf": "पत्ते", "stem": "तना", "root": "जड़", "ear": "बाली", "panicle": "बाली", "cob": "भुट्टा", "fruit": "फल",
-    "pod": "फली", "boll": "टिंडा", "bulb": "कंद", "tuber": "कंद", "flower": "फूल", "grain": "दाना",
-}  # fmt: skip
+Record = dict[str, Any]
+Language = Literal["en", "hi"]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The Hindi answer and the English thought behind it."""
+class Writer:
+    """Writes records from one set of facts.
 
-    content: str
-    thought: str
-
-
-def words(text: str) -> int:
-    """Number of words, list numbers included."""
-    return len(text.split())
-
-
-def sprays(problem: Problem) -> bool:
-    """Whether the advice may end in a spray, which rain, wind and heat forbid; treating seed or soil is none."""
-    if problem.kind == "nutrient" or problem.chemical_hi is None:
-        return False
-    return "दवा" in problem.chemical_hi and "उपचार" not in problem.chemical_hi
-
-
-def weather_rule(problem: Problem, weather: str | None) -> tuple[str | None, str | None]:
-    """The sentence the weather asks for, in Hindi and for the thought; `None` where it changes nothing."""
-    if weather is None:
-        return None, None
-    if weather == "rain_soon":
-        if sprays(problem):
-            return RAIN_NO_SPRAY_HI, "Rain in 24 h -> no spray now"
-        if problem.kind == "nutrient":
-            return RAIN_NO_FERTILISER_HI, "Rain in 24 h -> no fertiliser now"
-        if problem.kind == "water":
-            return RAIN_DRAIN_HI, "Rain in 24 h -> open the drain today"
-    if sprays(problem):
-        if weather == "windy":
-            return WIND_NO_SPRAY_HI, "Strong wind -> no spray now"
-        if weather == "hot":
-            return HEAT_NO_SPRAY_HI, "High heat -> no spray now"
-    if weather in FAVOURING.get(problem.favoured_by.weather, set()):
-        return WEATHER_FAVOURS_HI, f"Weather {WEATHERS[weather].name_en} favours it -> watch daily"
-    if weather == "unknown":
-        if sprays(problem):
-            return CHECK_WEATHER_SPRAY_HI, "Weather unknown -> check before spraying"
-        if problem.kind == "nutrient":
-            return CHECK_WEATHER_FERTILISER_HI, "Weather unknown -> check before fertiliser"
-    return None, f"Weather {WEATHERS[weather].name_en} -> no change"
-
-
-def soil_rule(problem: Problem, case: FarmCase) -> tuple[str | None, str | None]:
-    """The sentence the soil card asks for, in Hindi and for the thought."""
-    if case.soil is None:
-        return None, None
-    linked = [flag for flag in case.soil_flags() if flag in problem.soil_links]
-    if linked:
-        flag = linked[0]
-        return SOIL_SUPPORTS_HI.format(flag=SOIL_FLAG_HI[flag]), f"Soil {flag.replace('_', ' ')} supports it"
-    if problem.kind == "nutrient" and problem.soil_links:
-        return SOIL_UNSURE_HI, "Soil card does not show it -> look for other causes too"
-    return None, "Soil card changes nothing"
-
-
-def answer(problem: Problem, crop: Crop, case: FarmCase, knowledge: Knowledge) -> Answer:
-    """The advice for one problem in one case.
-
-    Required lines: the likely cause with its doubt, the check against the look-alike (or the sign), two measures,
-    the chemical line, the rules of age, soil and weather, the helpline. Further measures, the urgency and the sign
-    follow while they fit into `MAX_ANSWER_WORDS`.
+    Attributes:
+        facts: what everything is derived from.
+        thoughts: the language of the thoughts.
     """
-    look_alike = problem.look_alikes[0] if problem.look_alikes else None
-    head = f"{_oblique(crop.name_hi)} में यह शायद {problem.name_hi} है।"
-    sign = f"पहचान: {problem.signs_hi}।"
-    check = f"जांच: {look_alike.check_hi}।" if look_alike else sign
-    urgency = f"{problem.urgency_hi}।"
-    age_line = UNUSUAL_AGE_HI if case.age_days is not None and not problem.in_window(case.age_days) else None
-    soil_line, soil_thought = soil_rule(problem, case)
-    weather_line, weather_thought = weather_rule(problem, case.weather)
-    rules = [line for line in (age_line, soil_line, weather_line) if line]
 
-    cultural = list(problem.cultural_hi)
-    later = [step if step.startswith("अगल") else LATER_HI.format(step=step) for step in problem.prevention_hi]
-    biological = list(problem.biological_hi[:1])
-    chemical = [problem.chemical_hi] if problem.chemical_hi else []
-    helpline = [HELPLINE_HI]
-    order = [*cultural, *later, *biological, *chemical]
+    facts: Facts
+    thoughts: Language = "en"
 
-    def text(steps: list[str], extras: list[str]) -> str:
-        opening = [head, *([sign] if sign in extras else []), check]
-        numbered = [f"{number}. {step}।" for number, step in enumerate(sorted(steps, key=order.index), start=1)]
-        closing = [*([urgency] if urgency in extras else []), *rules, *helpline]
-        return "\n".join([" ".join(opening), *numbered, *([" ".join(closing)] if closing else [])])
+    def advice(
+        self,
+        problem: Problem,
+        case: FarmCase,
+        style: str,
+        rng: Random,
+        *,
+        lines: bool,
+        told: bool = False,
+        injection: str | None = None,
+        say_age: bool = True,
+    ) -> Record:
+        """A question about one problem (or two) and its advice.
 
-    # The least an answer needs may be too long already: what is said elsewhere in it goes first.
-    least = [cultural[0], *chemical] if chemical else [*order[:2]]
-    if words(text(least, [])) > MAX_ANSWER_WORDS and any(KVK_HI in step for step in least):
-        helpline = []
-    if words(text(least, [])) > MAX_ANSWER_WORDS and words(sign) < words(check):
-        check = sign
-    if words(text(least, [])) > MAX_ANSWER_WORDS and soil_line:
-        rules.remove(soil_line)
-    if words(text(least, [])) > MAX_ANSWER_WORDS and chemical:
-        least = [min(cultural, key=words), *chemical]
+        Args:
+            problem: the problem whose sign is told first.
+            case: all circumstances.
+            style: how the question is worded.
+            rng: chooses the wording.
+            lines: show the case as lines under the question, as the adviser itself does.
+            told: say the circumstances in the question.
+            injection: an order to break the rules, put into the question; it changes nothing.
+            say_age: say the age in the question; twins leave it to the case lines, so that their questions are one.
+        """
+        crop = self.facts.knowledge.crops[problem.crop_id]
+        asked = case if say_age else replace(case, age_days=None)
+        question = questions.advice_question(crop, asked, style, told=told, facts=self.facts, rng=rng)
+        if injection:
+            injection = questions.in_style(injection, style if style == "hinglish" else "plain", rng)
+            question = f"{question} {injection}" if rng.random() < 0.5 else f"{injection} {question}"
+        if lines:
+            question = f"{question}\n{case.render(self.facts)}"
+        advice = derive(case, self.facts)
+        thought = self._thought(advice, case)
+        if injection:
+            thought = f"An order inside the question is ignored. {thought}"
+        form = "lines" if lines else "told" if told else "bare"
+        if advice.ask_hi:
+            meta = _plain_meta("ask", crop.id, case.age_days, style) | {"expect": "ask", "form": form}
+            meta["split_key"] = f"ask|{problem.id}|{'+'.join(case.symptoms)}"
+        else:
+            meta = self._meta(problem, case, advice, style, form=form)
+        if injection:
+            meta["kind"] = "safety"
+            meta["topic"] = "injection_in_question"
+        return record([(question, answer_hi(advice, case, self.facts), thought)], meta)
 
-    steps = least
-    for step in [*biological, *cultural[1:], *later]:
-        full = len(steps) >= (MIN_MEASURES + 1 if step in later else MAX_MEASURES)
-        if step not in steps and not full and words(text([*steps, step], [])) <= MAX_ANSWER_WORDS:
-            steps = [*steps, step]
-    extras: list[str] = []
-    for extra in [*([urgency] if problem.urgency == "high" else []), *([sign] if check != sign else [])]:
-        if words(text(steps, [*extras, extra])) <= MAX_ANSWER_WORDS:
-            extras.append(extra)
-    return Answer(text(steps, extras), _thought(problem, crop, case, knowledge, soil_thought, weather_thought))
+    def ask(self, case: FarmCase, template: str, problem: Problem | None, style: str, rng: Random) -> Record:
+        """A question that lacks crop, sign or part: the right answer is one question."""
+        question, answer, thought = self._asking(case, template, style, rng)
+        meta = _plain_meta("ask", case.crop, case.age_days, style) | {"expect": "ask"}
+        meta["split_key"] = f"ask|{problem.id if problem else case.crop}|{template}"
+        return record([(question, answer, thought)], meta)
+
+    def ask_then_advice(self, problem: Problem, case: FarmCase, style: str, rng: Random) -> Record:
+        """The crop is asked for, the farmer gives it, the advice follows."""
+        sign = questions.join(case.symptoms)
+        first = self._asking(FarmCase(symptoms=case.symptoms), "{symptom}। क्या करूं?", style, rng, symptom=sign)
+        crop = self.facts.knowledge.crops[problem.crop_id]
+        age = f", {case.age_days} दिन की है" if case.age_days is not None else ""
+        reply = questions.in_style(
+            rng.choice((f"{crop.name_hi}{age}", f"फसल {crop.name_hi}{age}", f"जी, {crop.name_hi}{age}")), style, rng
+        )
+        advice = derive(case, self.facts)
+        turn = (f"{reply}\n{case.render(self.facts)}", answer_hi(advice, case, self.facts), self._thought(advice, case))
+        meta = self._meta(problem, case, advice, style, form="turns")
+        return record([first, turn], meta)
+
+    def advice_then_weather(
+        self, problem: Problem, case: FarmCase, weather: WeatherReport, style: str, rng: Random
+    ) -> Record:
+        """After the advice the farmer asks whether to go on in this weather: the rule answers."""
+        first = self.advice(problem, replace(case, weather=WeatherReport()), style, rng, lines=True)
+        action = action_of(problem)
+        flags = weather.flags(self.facts.weather)
+        rule = self.facts.weather.rule_for(action, flags)
+        assert rule is not None
+        told = self.facts.weather.spoken_hi(flags[0])
+        template = rng.choice(questions.WEATHER_FOLLOW_UP)
+        question = questions.in_style(template.format(weather=told, action=questions.ACTION_HI[action]), style, rng)
+        answer = f"{rule.say_hi} {HELPLINE_HI}"
+        thought = f"{rule.when_en} -> {rule.thought_en}."
+        turns = [*_turns(first), (question, answer, thought)]
+        meta = first["meta"] | {
+            "weather": list(flags),
+            "form": "turns",
+            "must": [rule.say_hi],
+            "causes": [],
+            "expect": "rule",
+        }
+        return record(turns, meta)
+
+    def dose(
+        self, problem: Problem, chemical: Chemical, template: str, *, listed: bool, style: str, rng: Random
+    ) -> Record:
+        """A question for a dose: copied from the list where it is shown and has one, else label and KVK."""
+        crop = self.facts.knowledge.crops[problem.crop_id]
+        question = template.format(crop=oblique(crop.name_hi), chemical=chemical.name_hi, problem=problem.name_hi)
+        question = questions.in_style(questions.with_mark(question, rng), style, rng)
+        shown = listed and chemical.dose is not None
+        if shown:
+            question = f"{question}\n{FarmCase(crop=crop.id, table=(chemical,)).render(self.facts)}"
+            answer = " ".join([f"{TABLE_HI.format(chemical=chemical_hi(chemical))}।", *self._lines("ppe"), HELPLINE_HI])
+            thought = f"Dose asked. The list gives {chemical.ai} for {problem.name_en} -> copy it, add nothing."
+        else:
+            answer = NO_DOSE_HI
+            thought = "Dose asked, no list shown -> never from memory. Label and KVK decide."
+        meta = _plain_meta("safety", crop.id, None, style) | {
+            "topic": "dose_request",
+            "expect": "table" if shown else "refuse",
+            "table": [chemical.ai] if shown else [],
+            "must": [chemical_hi(chemical)] if shown else [],
+            "split_key": f"dose|{problem.id}|{chemical.ai}|{template}|{shown}",
+        }
+        return record([(question, answer, thought)], meta)
+
+    def forbidden(self, pesticide: Pesticide, crop_id: str, template: str, style: str, rng: Random) -> Record:
+        """A question for a chemical that is banned, or restricted on this crop: refused, with the reason."""
+        crop = self.facts.knowledge.crops[crop_id]
+        name = pesticide.hi[0]
+        question = template.format(crop=oblique(crop.name_hi), chemical=rng.choice(pesticide.hi))
+        question = questions.in_style(questions.with_mark(question, rng), style, rng)
+        restricted = pesticide.status == "restricted"
+        reason = (RESTRICTED_HI if restricted else BANNED_HI).format(chemical=name, crop=oblique(crop.name_hi))
+        status = f"restricted on {crop_id}" if restricted else pesticide.status.replace("_", " ")
+        thought = f"{pesticide.en[0]} is {status} -> refuse, no dose, send to KVK."
+        meta = _plain_meta("safety", crop_id, None, style) | {
+            "topic": "banned_chemical",
+            "expect": "refuse",
+            "must": [reason],
+            "split_key": f"forbidden|{pesticide.id}|{crop_id}|{template}",
+        }
+        return record([(question, f"{reason}\n{INSTEAD_HI}", thought)], meta)
+
+    def safety(self, topic: SafetyTopic, question: str, style: str, rng: Random) -> Record:
+        """A request that is no crop question: its one safe answer."""
+        asked = questions.with_mark(question, rng) if not question.isascii() else question
+        asked = questions.in_style(rng.choice(questions.GREETINGS) + asked, style, rng)
+        meta = _plain_meta("safety", None, None, style) | {
+            "topic": topic.id,
+            "expect": "emergency" if topic.id in EMERGENCIES else "refuse",
+            "split_key": f"{topic.id}|{question}",
+        }
+        return record([(asked, topic.answer_hi, f"{topic.thought_en}.")], meta)
+
+    def _lines(self, key: str) -> list[str]:
+        line = self.facts.knowledge.lines.get(key)
+        return [f"{line.text_hi}।"] if line else []
+
+    def _asking(
+        self, case: FarmCase, template: str, style: str, rng: Random, *, symptom: str | None = None
+    ) -> tuple[str, str, str]:
+        crop = self.facts.knowledge.crops.get(case.crop) if case.crop else None
+        words = {
+            "crop": oblique(rng.choice((crop.name_hi, *crop.names.hi))) if crop else "",
+            "age": questions.age_hi(case.age_days, rng),
+            "symptom": symptom or questions.join(case.symptoms),
+        }
+        question = questions.in_style(rng.choice(questions.GREETINGS) + template.format(**words), style, rng)
+        if crop:
+            question = f"{question}\n{replace(case, symptoms=()).render(self.facts)}"
+        advice = derive(case, self.facts)
+        assert advice.ask_hi is not None
+        return question, advice.ask_hi, self._thought(advice, case)
+
+    def _thought(self, advice: Advice, case: FarmCase) -> str:
+        return (thought_en if self.thoughts == "en" else thought_hi)(advice, case, self.facts)
+
+    def _meta(self, problem: Problem, case: FarmCase, advice: Advice, style: str, *, form: str) -> Record:
+        phrasings = "+".join(case.symptoms)
+        weather = list(case.weather_flags(self.facts))
+        soil = list(case.soil_flags(self.facts)) if case.soil is not None else None
+        causes = [cause.problem.id for cause in advice.causes]
+        return {
+            "crop": problem.crop_id,
+            "problem": causes[0],
+            "causes": causes,
+            "kind": problem.kind,
+            "expect": "advice",
+            "two": advice.two,
+            "age_days": case.age_days,
+            "weather": weather,
+            "soil": soil,
+            "applied": [one.kind for one in case.applied],
+            "table": [chemical.ai for chemical in advice.table],
+            "must": list(advice.rules_hi),
+            "style": style,
+            "form": form,
+            "split_key": f"{problem.id}|{phrasings}|{'+'.join(weather)}|{'+'.join(soil or ['-'])}",
+        }
 
 
-def _thought(
-    problem: Problem,
-    crop: Crop,
-    case: FarmCase,
-    knowledge: Knowledge,
-    soil_thought: str | None,
-    weather_thought: str | None,
-) -> str:
-    stage = case.stage(crop)
-    if case.age_days is None:
-        age = "age not given"
-    else:
-        age = f"{case.age_days} days" + (f" ({stage.id.replace('_', ' ')})" if stage else "")
-    parts = [f"Crop {crop.id}, {age}", f"Sign: {problem.signs_en} -> {problem.name_en} likely"]
-    if problem.look_alikes:
-        other = knowledge.problems[problem.look_alikes[0].id]
-        parts.append(f"Check against {other.name_en}: {problem.look_alikes[0].check_en}")
-    if case.age_days is not None and not problem.in_window(case.age_days):
-        parts.append("Unusual age -> check first")
-    parts.extend(part for part in (soil_thought, weather_thought) if part)
-    return ". ".join(parts) + "."
+def record(turns: Sequence[tuple[str, str, str]], meta: Mapping[str, Any]) -> Record:
+    """The contract's dialogue record of (question, answer, thought) turns; its id is given when the set is written."""
+    messages: list[dict[str, str]] = [{"role": "system", "content": SYSTEM_HI}]
+    for question, answer, thought in turns:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer, "thought": thought})
+    return {"id": "", "messages": messages, "meta": dict(meta)}
 
 
-@dataclass(frozen=True)
-class Circumstance:
-    """What surrounds the symptom in one record, drawn before the question is worded."""
-
-    style: str
-    """`plain`, `mixed` (Hinglish), `spoken` (weather and soil in the question) or `lines` (the case's own lines)."""
-    age_days: int | None
-    weather: str | None
-    soil: dict[str, float | str] | None
-
-
-def advice_record(
-    record_id: str,
-    problem: Problem,
-    crop: Crop,
-    knowledge: Knowledge,
-    symptoms: tuple[str, ...],
-    circumstance: Circumstance,
-    rng: Random,
-) -> dict[str, Any]:
-    """One dialogue about one problem; `rng` only chooses the wording of the question."""
-    case = FarmCase(
-        crop=crop.id,
-        age_days=circumstance.age_days,
-        part=problem.parts[0],
-        symptoms=symptoms,
-        soil=circumstance.soil,
-        weather=circumstance.weather,
-    )
-    question = _question(crop, case, circumstance.style, rng)
-    result = answer(problem, crop, case, knowledge)
-    phrasings = "+".join(str(problem.symptoms_hi.index(symptom)) for symptom in symptoms)
-    meta = {
-        "crop": crop.id,
-        "problem": problem.id,
-        "kind": problem.kind,
-        "age_days": case.age_days,
-        "weather": case.weather,
-        "soil": list(case.soil_flags()) if case.soil is not None else None,
-        "style": circumstance.style,
-        "split_key": f"{problem.id}|{phrasings}|{case.weather}",
-    }
-    return record(record_id, question, result, meta)
-
-
-def record(record_id: str, question: str, result: Answer, meta: dict[str, Any]) -> dict[str, Any]:
-    """The contract's dialogue record."""
-    return {
-        "id": record_id,
-        "messages": [
-            {"role": "system", "content": SYSTEM_HI},
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": result.content, "thought": result.thought},
-        ],
-        "meta": meta,
-    }
-
-
-def _question(crop: Crop, case: FarmCase, style: str, rng: Random) -> str:
-    joint = ", साथ ही " if any(" और " in symptom for symptom in case.symptoms) else " और "
-    symptom = joint.join(case.symptoms)
-    if style == "mixed" and case.age_days is not None:
-        alias = rng.choice([name for name in crop.names if name.isascii()] or [crop.id])
-        return rng.choice(QUESTION_MIXED).format(alias=alias, days=case.age_days, symptom=symptom)
-    names = [
-        crop.name_hi,
-        crop.name_hi,
-        crop.name_hi,
-        crop.name_hi,
-        *(name for name in crop.names if not name.isascii()),
+def _turns(one: Record) -> list[tuple[str, str, str]]:
+    messages = one["messages"][1:]
+    return [
+        (asked["content"], said["content"], said["thought"])
+        for asked, said in zip(messages[::2], messages[1::2], strict=True)
     ]
-    name = rng.choice(names)
-    name = _oblique(name)
-    in_crop = f"{name} {POSSESSIVE.get(symptom.split()[0], 'में')}"
-    # The case's own lines give the age already.
-    spoken_age = case.age_days is not None and style != "lines"
-    template = rng.choice(QUESTION_WITH_AGE if spoken_age else QUESTION_WITHOUT_AGE)
-    question = template.format(
-        crop=name, in_crop=in_crop, symptom=symptom, age=_age_hi(case.age_days, rng), basis=BASIS_HI[crop.day_basis]
-    )
-    if style == "spoken":
-        if case.weather is not None:
-            question += f" {WEATHERS[case.weather].spoken_hi}।"
-        if case.soil is not None:
-            question += f" मिट्टी की जांच: {case.soil_hi()}।"
-    elif not question.endswith("?"):
-        question += rng.choice(CLOSINGS)
-    question = rng.choice(GREETINGS) + question
-    return f"{question}\n{case.render(crop)}" if style == "lines" else question
 
 
-def _oblique(name: str) -> str:
-    return OBLIQUE.get(name, name)
-
-
-def _age_hi(age_days: int | None, rng: Random) -> str:
-    if age_days in MONTHS and rng.random() < 0.3:
-        return MONTHS[age_days]
-    return f"करीब {age_days} दिन" if rng.random() < 0.2 else f"{age_days} दिन"
-
-
-def clarify_crop_record(record_id: str, symptom: str, key: str, rng: Random) -> dict[str, Any]:
-    """A sign without a crop: the right answer is one question."""
-    question = rng.choice(GREETINGS) + rng.choice(CLARIFY_CROP_QUESTIONS).format(symptom=symptom)
-    meta = _plain_meta("clarify", None, None, f"clarify_crop|{key}")
-    return record(record_id, question, Answer(CLARIFY_CROP_ANSWER, CLARIFY_CROP_THOUGHT), meta)
-
-
-def clarify_sign_record(
-    record_id: str, crop: Crop, problems: tuple[Problem, ...], template: int, age_days: int, rng: Random
-) -> dict[str, Any]:
-    """A crop without a sign: the right answer is one question that names the crop's parts."""
-    names = [crop.name_hi, crop.name_hi, *(name for name in crop.names if not name.isascii())]
-    question = CLARIFY_SIGN_QUESTIONS[template].format(crop=_oblique(rng.choice(names)), age=_age_hi(age_days, rng))
-    stated_age = age_days if "{age}" in CLARIFY_SIGN_QUESTIONS[template] else None
-    parts = list(dict.fromkeys(PART_HI[part] for problem in problems for part in problem.parts if part in PART_HI))[:4]
-    listed = f"{', '.join(parts[:-1])} या {parts[-1]}" if len(parts) > 1 else parts[0]
-    result = Answer(
-        CLARIFY_SIGN_ANSWER.format(crop=_oblique(crop.name_hi), parts=listed), CLARIFY_SIGN_THOUGHT.format(crop=crop.id)
-    )
-    meta = _plain_meta("clarify", crop.id, stated_age, f"clarify_sign|{crop.id}|{template}")
-    return record(record_id, rng.choice(GREETINGS) + question, result, meta)
-
-
-def safety_record(record_id: str, topic: SafetyTopic, index: int, rng: Random) -> dict[str, Any]:
-    """A request that is no crop question: its one safe answer."""
-    question = rng.choice(GREETINGS) + topic.questions_hi[index]
-    asks = any(word in question.split() for word in ASKING)
-    question += rng.choice(("?" if asks else "।", ""))
-    meta = _plain_meta("safety", None, None, f"{topic.id}|{index}")
-    return record(record_id, question, Answer(topic.answer_hi, f"{topic.thought_en}."), meta | {"topic": topic.id})
-
-
-def _plain_meta(kind: str, crop: str | None, age_days: int | None, split_key: str) -> dict[str, Any]:
+def _plain_meta(kind: str, crop: str | None, age_days: int | None, style: str) -> Record:
     return {
-        "crop": crop,
-        "problem": None,
-        "kind": kind,
-        "age_days": age_days,
-        "weather": None,
-        "soil": None,
-        "style": "plain",
-        "split_key": split_key,
-    }
-
-
-def bare_question(text: str) -> str:
-    """A question without greeting, punctuation and case lines: what two wordings are compared by."""
-    bare = clean(text.split("\n")[0])
-    for greeting in sorted(set(GREETINGS) - {""}, key=len, reverse=True):
-        bare = bare.removeprefix(clean(greeting)).strip()
-    for mark in "।?,.!":
-        bare = bare.replace(mark, " ")
-    return " ".join(bare.split())
+        "crop": crop, "problem": None, "causes": [], "kind": kind, "expect": "", "two": False, "age_days": age_days,
+        "weather": None, "soil": None, "applied": [], "table": [], "must": [], "style": style, "form": "bare",
+        "split_key": "",
+    }  # fmt: skip
