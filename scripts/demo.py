@@ -17,12 +17,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from advisory.exam import HIGHER_IS_BETTER
 from litgpt.utils import UserError, run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "गेहूं के पत्तों पर पीले धब्बे दिख रहे हैं, फसल 60 दिन की है"
 CHECKPOINTS = Path("checkpoints/tiny")
 STUDENT = CHECKPOINTS / "base-MoE-4x2"
+EXAM_QUESTIONS = 40
+"""Of each test split; the whole splits are examined by the line without --limit."""
 NOT_BETTER_EXIT_CODE = 1
 
 
@@ -94,14 +97,47 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def verdict(report: dict[str, Any]) -> int:
-    """Exit code: 0 if the student answers held-out dialogues better than the base it came from."""
+def examine(advisers: dict[str, Path], out_dir: Path) -> dict[str, dict[str, Any]]:
+    """Put the exam to each adviser; the last one's table shows them all. Returns each one's checks over all splits."""
+    exams: list[Path] = []
+    for name, checkpoint_dir in advisers.items():
+        words: list[str | Path] = [
+            "--checkpoint_dir",
+            checkpoint_dir,
+            "--out_dir",
+            out_dir / name,
+            "--name",
+            name,
+            "--overwrite",
+            "true",
+        ]
+        # The teacher learnt to answer at once; the others think first.
+        words += ["--limit", str(EXAM_QUESTIONS), "--thinking", "false" if name == "teacher" else "true"]
+        run("scripts/examine.py", *words, "--beside", f"[{', '.join(map(str, exams))}]", capture=True)
+        exams.append(out_dir / name / "exam.json")
+    print("\n" + (ROOT / out_dir / list(advisers)[-1] / "exam.md").read_text(encoding="utf-8"))
+    return {exam.parent.name: read_json(ROOT / exam)["scores"]["all"] for exam in exams}
+
+
+def worse_checks(student: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    """The checks on which the student is below the base."""
+    return [
+        name
+        for name, higher in HIGHER_IS_BETTER.items()
+        if name in student
+        and (student[name]["value"] < base[name]["value"] if higher else student[name]["value"] > base[name]["value"])
+    ]
+
+
+def verdict(report: dict[str, Any], student: dict[str, Any], base: dict[str, Any]) -> int:
+    """Exit code: 0 if the student predicts held-out dialogues better than its base and names more causes rightly."""
     before, after = report["before"]["answer_ce"], report["after"]["answer_ce"]
-    return 0 if after < before and not report["frozen"]["changed"] else NOT_BETTER_EXIT_CODE
+    better = after < before and student["cause_top1"]["value"] > base["cause_top1"]["value"]
+    return 0 if better and not report["frozen"]["changed"] else NOT_BETTER_EXIT_CODE
 
 
 def demo(out_dir: Path = Path("out/demo"), steps: int | None = None) -> None:
-    """Convert, upcycle, distil, compare, export and ask, on the shipped tiny checkpoints.
+    """Convert, upcycle, distil, compare, export, ask and examine, on the shipped tiny checkpoints.
 
     Args:
         out_dir: run directory; an earlier run in it is replaced.
@@ -123,11 +159,16 @@ def demo(out_dir: Path = Path("out/demo"), steps: int | None = None) -> None:
     answer = run("scripts/advise.py", QUESTION, "--checkpoint_dir", out_dir / "final", capture=True)
 
     report = read_json(ROOT / out_dir / "report" / "metrics.json")
+    base = CHECKPOINTS / "base"
+    advisers = {"base": base, "upcycled": STUDENT, "teacher": CHECKPOINTS / "teacher", "distilled": out_dir / "final"}
+    exams = examine(advisers, out_dir / "exam")
     print("\n" + table(report, read_json(ROOT / out_dir / "report" / "cka.json")))
     print(f"\nप्रश्न: {QUESTION}\nउत्तर: {answer.strip()}")
     print(f"\n{time.monotonic() - start:.0f} s; the run is in {out_dir}, the Hugging Face model in {out_dir / 'hf'}")
-    if code := verdict(report):
-        print("demo failed: the student does not answer held-out dialogues better than the base", file=sys.stderr)
+    worse = worse_checks(exams["distilled"], exams["base"])
+    print(f"exam: the student is below the base on {', '.join(worse) if worse else 'no check'}")
+    if code := verdict(report, exams["distilled"], exams["base"]):
+        print("demo failed: the student is not better than the base on held-out dialogues", file=sys.stderr)
         raise SystemExit(code)
 
 

@@ -282,9 +282,18 @@ def test_table_says_what_the_files_say() -> None:
 
 
 def test_demo_fails_without_an_improvement() -> None:
-    assert demo.verdict(REPORT) == 0
-    assert demo.verdict(REPORT | {"after": REPORT["before"]}) == 1
-    assert demo.verdict(REPORT | {"frozen": {"changed": ["transformer.ln_f.weight"]}}) == 1
+    student, base = {"cause_top1": {"value": 0.4}}, {"cause_top1": {"value": 0.3}}
+    assert demo.verdict(REPORT, student, base) == 0
+    assert demo.verdict(REPORT, base, student) == 1 and demo.verdict(REPORT, base, base) == 1
+    assert demo.verdict(REPORT | {"after": REPORT["before"]}, student, base) == 1
+    assert demo.verdict(REPORT | {"frozen": {"changed": ["transformer.ln_f.weight"]}}, student, base) == 1
+
+
+def test_the_checks_on_which_a_student_is_below_its_base_are_named() -> None:
+    base = {"cause_top1": {"value": 0.3}, "unsourced_dose": {"value": 0.1}, "chrf": {"value": 0.5}}
+    student = {"cause_top1": {"value": 0.4}, "unsourced_dose": {"value": 0.2}, "chrf": {"value": 0.4}}
+    assert demo.worse_checks(student, base) == ["unsourced_dose", "chrf"]
+    assert demo.worse_checks(base, base) == []
 
 
 def test_a_failing_command_stops_the_demo_with_its_code(capfd: pytest.CaptureFixture[str]) -> None:
