@@ -18,7 +18,7 @@ import pytest
 from advisory.knowledge import KNOWLEDGE_DIR
 from litgpt.utils import run_cli
 from scripts.examine import main
-from tests.chat_server import ChatServer, Hang, Say, Send, Step
+from tests.chat_server import ChatServer, Hang, Say, Send, Step, heed_ctrl_c
 from tests.small_crop import SMALL_CROP
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +79,9 @@ class Exam:
 
     def start(self, url: str, *more: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(ROOT / "scripts/examine.py"), *self.words(url, *more)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+        )
 
     def lines(self) -> list[Any]:
         """Of replies.jsonl, without its head."""

@@ -25,7 +25,7 @@ from advisory.remote import RemoteReply
 from litgpt.data import read_records
 from litgpt.utils import UserError, run_cli
 from scripts.generate_rationales import generate_rationales
-from tests.chat_server import ChatServer, Hang, Say, Send, Step
+from tests.chat_server import ChatServer, Hang, Say, Send, Step, heed_ctrl_c
 from tests.small_crop import SMALL_CROP
 
 ROOT = Path(__file__).parents[1]
@@ -286,7 +286,9 @@ class Job:
 
     def start(self, url: str, *more: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(ROOT / "scripts/generate_rationales.py"), *self.words(url, *more)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+        )
 
     def lines(self) -> int:
         """In both files."""

@@ -15,7 +15,7 @@ import pytest
 
 from advisory.remote import Remote, RemoteReply, split_thought
 from litgpt.utils import UserError
-from tests.chat_server import ChatServer, Hang, Reset, Say, Send, Step
+from tests.chat_server import ChatServer, Hang, Reset, Say, Send, Step, heed_ctrl_c
 
 KEY = "sk-very-secret-123"
 
@@ -329,8 +329,12 @@ def test_ctrl_c_stops_at_once() -> None:
     with ChatServer(lambda question, _: Say("हां") if question == "0" else Hang(60)) as server:
         process = subprocess.Popen(
             [sys.executable, "-c", program, server.url],
-            cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=heed_ctrl_c,
+        )
         assert process.stdout is not None
         assert process.stdout.readline().strip() == "हां"
         time.sleep(0.3)
