@@ -206,16 +206,18 @@ def _below_largest_(z_RV: Tensor) -> Tensor:
 
 
 def _write_(z_RS: Tensor, parts: list[tuple[Tensor, Tensor]]) -> None:
-    """z = Σ tensor · coefficient, with one pass for each tensor: exp z often stands there twice."""
+    """z = Σ tensor · coefficient, one pass for each tensor: exp z often stands there twice. The first is consumed."""
     merged: list[tuple[Tensor, Tensor]] = []
     for tensor_RS, coefficient_R1 in parts:
         if merged and merged[0][0] is tensor_RS:
             merged[0] = tensor_RS, merged[0][1] + coefficient_R1
         else:
             merged.append((tensor_RS, coefficient_R1))
-    torch.mul(*merged[0], out=z_RS)
+    total_RS = merged[0][0].mul_(merged[0][1])
     for tensor_RS, coefficient_R1 in merged[1:]:
-        z_RS.addcmul_(tensor_RS, coefficient_R1)
+        total_RS.addcmul_(tensor_RS, coefficient_R1)
+    # Not `out=`: compiled, torch 2.13 leaves such a view as it was.
+    z_RS.copy_(total_RS)
 
 
 def _full(
