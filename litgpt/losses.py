@@ -295,7 +295,6 @@ def _run(
         operand = torch.bfloat16 if both_bf16 and device.type == "cuda" else high
         weight_VD = weight_VD.to(operand)  # once, not per chunk; the same tensor when the master weights are fp32
         vocabulary = len(weight_VD)
-        ids_R = torch.tensor(job.row_ids, dtype=torch.int64, device=device)
         rows_RD = None if rows_RD is None else rows_RD.to(high)
 
         # KD alone, both, CE alone: so the rows of each term lie together, and their numbers are all the host asks for.
@@ -333,7 +332,9 @@ def _run(
             chunk_RV = z_RV[: end - start]
             _multiply(h_RD, weight_VD.T, out=chunk_RV)
             if rows_RD is not None:
-                chunk_RV[:, ids_R] = h_RD.to(high) @ rows_RD.T
+                own_RR = h_RD.to(high) @ rows_RD.T
+                for column, index in enumerate(job.row_ids):  # a tensor of ids would have to be sent to the device
+                    chunk_RV[:, index] = own_RR[:, column]
             signals = _signals(job.teacher, at_R[: max(0, n_kd - start)], shared, t_RS, high)
             for a, b in _blocks(start, end, bounds, block):
                 task = Task(targets_R[a:b], factor_R[a:b]) if a >= bounds[0] else None
@@ -346,8 +347,9 @@ def _run(
                 if kd is not None:
                     kd_R[a:b] = kd
             if rows_RD is not None and any(wanted):
-                own_RR = chunk_RV[:, ids_R]
-                chunk_RV[:, ids_R] = 0
+                for column, index in enumerate(job.row_ids):
+                    own_RR[:, column] = chunk_RV[:, index]
+                    chunk_RV[:, index] = 0
                 if d_rows_RD is not None:
                     d_rows_RD.addmm_(own_RR.T, h_RD.to(high))
             dz_RV = chunk_RV.to(operand) if any(wanted) else chunk_RV
@@ -416,8 +418,10 @@ def _multiply_add_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, accumulated in the precision of `total`."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        return
+    # `addmm` of bf16 into fp32 is not in every torch: in parts, so that the product takes little memory.
+    for part, some in zip(total.split(16_384), a.split(16_384), strict=True):
+        part += _multiply(some, b)
 
 
 def cka_loss(student: Mapping[int, Tensor], reference: Mapping[int, Tensor], keep_BT: Tensor) -> Tensor:

@@ -390,6 +390,19 @@ def test_rows_without_kd_get_exactly_zero_kd_gradient() -> None:
     assert (grad[case["rows"] >= 0].abs().sum(1) > 0).all()
 
 
+def test_rows_with_neither_term_are_not_read() -> None:
+    case, changed = _case(), _case()
+    neither = (case["weight"] == 0) & (case["rows"] < 0)
+    assert 3 < neither.sum() < N - 3
+    changed["hidden"][neither] = torch.nan
+    for each in (case, changed):
+        each["hidden"].requires_grad_()
+        each["head"].requires_grad_()
+        _terms(each).loss.backward()
+    assert (changed["hidden"].grad == case["hidden"].grad).all() and (changed["head"].grad == case["head"].grad).all()
+    assert changed["hidden"].grad is not None and (changed["hidden"].grad[neither] == 0).all()
+
+
 def test_ids_past_the_shared_vocabulary_never_enter_the_kd_term() -> None:
     # In fp32, where everything beside a logit 300 higher would vanish.
     case, changed = _case(torch.float32), _case(torch.float32)
@@ -571,6 +584,8 @@ def test_cuda_equals_the_reference(dtype: torch.dtype, kind: str, compiled: bool
 def test_cuda_waits_once_a_call() -> None:
     case = _case(torch.float32, "cuda")
     case["hidden"].requires_grad_()
+    own = case["head"][:2].clone().requires_grad_()
+    case["head"] = Head(case["head"], (3, 47), own)  # type: ignore[assignment]
     _terms(case, chunk_rows=4)
     torch.cuda.set_sync_debug_mode("warn")
     try:
