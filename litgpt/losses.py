@@ -37,6 +37,41 @@ class Teacher:
 
 
 @dataclass(frozen=True)
+class TopKTeacher:
+    """The teacher's K likeliest ids of each KD row; what mass they leave is its tail.
+
+    Attributes:
+        ids_MK: ids below the shared vocabulary's size, the likeliest first, int64.
+        log_p_MK: their log-probabilities over the shared vocabulary at temperature 1.
+        rows_N: as in `Teacher`.
+    """
+
+    ids_MK: Tensor
+    log_p_MK: Tensor
+    rows_N: Tensor
+
+
+@dataclass(frozen=True)
+class SampledTeacher:
+    """An unbiased estimate of the teacher's distribution over the shared vocabulary at temperature 1: drawn ids.
+
+    Attributes:
+        ids_MK: drawn ids, int64; a slot without a draw has id 0 and weight 0.
+        weight_MK: share of the draws; each row sums to 1, and the expected weight of an id is its probability.
+        rows_N: as in `Teacher`.
+        entropy_M: the teacher's entropy in nats, which turns a cross-entropy into a KL; `None` if not known.
+    """
+
+    ids_MK: Tensor
+    weight_MK: Tensor
+    rows_N: Tensor
+    entropy_M: Tensor | None = None
+
+
+TeacherTargets = Teacher | TopKTeacher | SampledTeacher
+
+
+@dataclass(frozen=True)
 class DistillTerms:
     """Sums over rows, and the same row by row for reporting.
 

@@ -147,7 +147,7 @@ def test_it_is_frozen_and_must_be_loaded_first(world: World, tokenizer: Tokenize
 
 
 def test_unknown_view_and_missing_teacher_are_one_clear_line(world: World, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="teacher view 'native' is not known: choose one of strip, mask"):
-        OnlineTeacher(world.teacher, tokenizer, view="native")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="teacher view 'blind' is not known: choose one of strip, native, mask"):
+        OnlineTeacher(world.teacher, tokenizer, view="blind")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="does not exist"):
         OnlineTeacher(world.teacher / "nowhere", tokenizer)
