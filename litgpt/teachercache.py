@@ -116,8 +116,11 @@ def sample(p_RV: Tensor, u_RK: Tensor) -> Tensor:
     """
     k = u_RK.shape[1]
     cumulated_RV = p_RV.cumsum(1)
-    points_RK = (torch.arange(k, device=u_RK.device) + u_RK) / k * cumulated_RV[:, -1:]
-    ids_RK = torch.searchsorted(cumulated_RV, points_RK, right=True).clamp_(max=p_RV.shape[1] - 1)
+    total_R1 = cumulated_RV[:, -1:]
+    points_RK = (torch.arange(k, device=u_RK.device) + u_RK) / k * total_R1
+    # The last point may be rounded up to the total, where no id is left.
+    points_RK = points_RK.minimum(total_R1.nextafter(torch.zeros_like(total_R1)))
+    ids_RK = torch.searchsorted(cumulated_RV, points_RK, right=True)
     # The points ascend, so equal ids stand side by side.
     begins_RK = torch.ones_like(ids_RK, dtype=torch.bool)
     begins_RK[:, 1:] = ids_RK[:, 1:] != ids_RK[:, :-1]
