@@ -188,27 +188,21 @@ def measure(
     Raises:
         UserError: no record fits.
     """
-    loaders: dict[Thought, PackedLoader] = {}
-    for kept_only in (False, True):
-        fitting = (
-            set.intersection(*({record.id for record in loader.records} for loader in loaders.values()))
-            if kept_only
-            else {record.id for record in variants["own"]}
+
+    def packed(records: Sequence[Record]) -> PackedLoader:
+        return PackedLoader(
+            records, tokenizer, max_seq_length=max_seq_length, micro_batch_size=micro_batch_size, shuffle=False
         )
+
+    loaders = {thought: packed(records) for thought, records in variants.items()}
+    if any(loader.dropped for loader in loaders.values()):
+        fitting = set.intersection(*({record.id for record in loader.records} for loader in loaders.values()))
         if not fitting:
             raise UserError(f"no dialogue fits into {max_seq_length} tokens with each thought: raise max_seq_length")
         loaders = {
-            thought: PackedLoader(
-                [record for record in records if record.id in fitting],
-                tokenizer,
-                max_seq_length=max_seq_length,
-                micro_batch_size=micro_batch_size,
-                shuffle=False,
-            )
+            thought: packed([record for record in records if record.id in fitting])
             for thought, records in variants.items()
         }
-        if len(fitting) == len(variants["own"]) and not any(loader.dropped for loader in loaders.values()):
-            break
     left_out = len(variants["own"]) - len(loaders["own"].records)
     if left_out:
         print(f"{left_out} dialogues have more than {max_seq_length} tokens and are left out", file=sys.stderr)
@@ -302,7 +296,6 @@ def _plot(names: list[str], results: list[ThoughtUse], path: Path, seed: int) ->
     left.invert_yaxis()
     left.margins(x=0.14)
     left.set(xlabel="nats per answer token, less is better", title="the answer after each thought")
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False)
     for offset, without in zip((-0.13, 0.13), THOUGHTS[1:], strict=True):
         gains = np.array([result.gain(without, seed=seed) for result in results])
         right.errorbar(
@@ -316,8 +309,8 @@ def _plot(names: list[str], results: list[ThoughtUse], path: Path, seed: int) ->
         )
     right.axvline(0, color="black", linewidth=0.8)
     right.grid(alpha=0.3, axis="x")
-    right.set(xlabel="nats per answer token that the own thought saves, 95 %", title="use of the own thought")
-    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, frameon=False)
+    right.set(xlabel="nats a token saved by the own thought, 95 % interval", title="what the own thought is worth")
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
 
