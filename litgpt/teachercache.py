@@ -269,10 +269,10 @@ class CachedTeacher(BaseTeacher):
             teacher_dir = self.directory / TEXT_DIR
         keys = identity_keys(teacher_dir, student, view, memory=self.directory)
         for name, value in keys.items():
-            if manifest.keys[name] != value:
+            if (then := manifest.keys.get(name, "unknown")) != value:
                 raise UserError(
-                    f"{self.directory} is stale, it was cached with another {name} ({manifest.keys[name][:12]}, "
-                    f"now {value[:12]}): write a new cache with python scripts/cache_teacher.py"
+                    f"{self.directory} is stale, it was cached with another {name} ({then[:12]}, now {value[:12]}): "
+                    "write a new cache with python scripts/cache_teacher.py"
                 )
         if "teacher weights" in keys:
             remember_sha256(teacher_dir / LIT_FILE, keys["teacher weights"], self.directory / HASHES_FILE)

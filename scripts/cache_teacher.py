@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from litgpt.cachewriter import CacheWriter, process_of_many
+from litgpt.checkpoint import require_lit_dir
 from litgpt.data import PackedLoader, read_records
 from litgpt.teacher import View
 from litgpt.teachercache import Kind, TargetForm, shard_path
@@ -66,6 +67,8 @@ def cache_teacher(
         raise UserError(
             "max_seq_length, batch_tokens, chunk_rows, shard_mb and shard_records must be positive, seed 0 or more"
         )
+    # Before the dialogues are rendered, which takes a while.
+    require_lit_dir(teacher)
     rank, world_size, local_rank = process_of_many()
     torch_device = parse_device(device)
     if torch_device == torch.device("cuda") and world_size > 1:
@@ -86,7 +89,7 @@ def cache_teacher(
             read_records(path), tokenizer, max_seq_length=max_seq_length, micro_batch_size=1, shuffle=False
         )
         if rank == 0:
-            loader.say_dropped(f"{path.name}")
+            loader.say_dropped(path.name)
         loaders.append(loader)
     writer = CacheWriter(
         out_dir,

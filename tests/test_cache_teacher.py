@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -514,6 +515,29 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_written(
     # Only what is missing must fit.
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
     assert writer.write(device=CPU) == 0
+
+
+def test_a_disk_that_fills_up_on_the_way_costs_no_whole_shard(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = whole_cache(world, tmp_path / "expected")
+    write_bytes = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if "shard-00002" in path.name:
+            write_bytes(path, content[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"no room left on the disk while writing .*shard-00002"):
+        whole_cache(world, tmp_path / "full")
+    assert shards(tmp_path / "full") == {name: expected[name] for name in sorted(expected)[:2]} | {
+        CACHE_FILE: expected[CACHE_FILE]
+    }
+    assert not list((tmp_path / "full").glob(".*.tmp"))
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    assert whole_cache(world, tmp_path / "full") == expected
 
 
 # Stale, broken, wrong
