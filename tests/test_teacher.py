@@ -32,7 +32,7 @@ def make_loader(path: Path, tokenizer: Tokenizer) -> PackedLoader:
     return PackedLoader(read_records(path), tokenizer, max_seq_length=320, micro_batch_size=2)
 
 
-@pytest.mark.parametrize("view", ["strip", "mask"])
+@pytest.mark.parametrize("view", ["strip", "native", "mask"])
 def test_every_answer_token_has_a_pair_that_predicts_the_same_id(
     world: World, tokenizer: Tokenizer, view: View
 ) -> None:
@@ -50,7 +50,7 @@ def test_every_answer_token_has_a_pair_that_predicts_the_same_id(
         assert torch.equal(documents_N[side.teacher_at_M], batch.documents_BT.flatten()[side.student_at_M])
 
 
-@pytest.mark.parametrize("view", ["strip", "mask"])
+@pytest.mark.parametrize("view", ["strip", "native", "mask"])
 def test_packed_targets_are_those_of_each_dialogue_read_alone(world: World, tokenizer: Tokenizer, view: View) -> None:
     loader = make_loader(world.train, tokenizer)
     teacher = OnlineTeacher(world.teacher, tokenizer, view=view)
@@ -66,6 +66,9 @@ def test_packed_targets_are_those_of_each_dialogue_read_alone(world: World, toke
             if view == "strip":
                 alone = render(loader.records[i].messages, own, tags="think", keep_thoughts=False)
                 assert own.decode(alone.ids).count("think") == 2  # its own empty block
+            elif view == "native":
+                alone = render(loader.records[i].messages, own, tags="think")
+                assert loader.records[i].messages[-1].get("thought", "") in own.decode(alone.ids)
             else:
                 alone = render(loader.records[i].messages, tokenizer)
             answers = [t - 1 for t, span in enumerate(alone.spans) if span == Span.ANSWER]
@@ -123,6 +126,51 @@ def test_other_merges_are_refused_with_the_record(world: World, tokenizer: Token
         teacher.read(make_loader(world.train, tokenizer))
 
 
+def grown_tokenizer(source: Path, directory: Path, teacher: Tokenizer) -> tuple[Tokenizer, int, tuple[int, int]]:
+    """A student's tokenizer with one more merge: the first two tokens of a word of the answers become one."""
+    shutil.copytree(source, directory)
+    first, second = teacher.encode(" दें")[:2]
+    pipeline = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = pipeline["model"]["vocab"]
+    spelt = {index: token for token, index in vocabulary.items()}
+    # The library numbers the added tokens anew from the size of the vocabulary on, unless they stand in it.
+    vocabulary |= {token["content"]: token["id"] for token in pipeline["added_tokens"]}
+    new = 1 + max(vocabulary.values())
+    vocabulary[spelt[first] + spelt[second]] = new
+    merge = [spelt[first], spelt[second]]
+    pipeline["model"]["merges"].append(merge if isinstance(pipeline["model"]["merges"][0], list) else " ".join(merge))
+    (directory / "tokenizer.json").write_text(json.dumps(pipeline), encoding="utf-8")
+    return Tokenizer(directory), new, (first, second)
+
+
+def test_a_student_that_says_in_one_token_what_the_teacher_says_in_two(
+    world: World, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    own = Tokenizer(world.teacher)
+    grown, new, (first, second) = grown_tokenizer(world.student, tmp_path / "grown", own)
+    assert grown.token_bytes(new) == own.token_bytes(first) + own.token_bytes(second)
+    loader = make_loader(world.train, grown)
+    teacher = OnlineTeacher(world.teacher, grown)
+    assert teacher.shared_vocab_size == OnlineTeacher(world.teacher, tokenizer).shared_vocab_size
+    assert teacher.first_ids_V[new] == first
+    shared = teacher.shared_vocab_size
+    assert torch.equal(teacher.first_ids_V[:shared], torch.arange(shared))
+    assert tokenizer.thought_ids is not None
+    assert teacher.first_ids_V[list(tokenizer.thought_ids)].tolist() == [-1, -1]
+    view = teacher.read(loader)
+    seen = 0
+    for document, reading in zip(loader.documents, view.readings, strict=True):
+        students = document.ids_T[reading.student_at_P + 1].long()
+        teachers = reading.ids_T[reading.teacher_at_P + 1].long()
+        assert torch.equal(teacher.first_ids_V[students], teachers)
+        # Every token of the answer that the student has is paired; the second halves of the teacher's are not.
+        assert len(students) == int((document.spans_T == Span.ANSWER).sum())
+        for place in (students == new).nonzero().flatten().tolist():
+            assert reading.ids_T[int(reading.teacher_at_P[place]) + 2] == second
+            seen += 1
+    assert seen >= 12
+
+
 def test_mask_view_needs_rows_for_the_students_own_tokens(world: World, tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert tokenizer.thought_ids is not None
     narrow = make_model(
@@ -147,7 +195,7 @@ def test_it_is_frozen_and_must_be_loaded_first(world: World, tokenizer: Tokenize
 
 
 def test_unknown_view_and_missing_teacher_are_one_clear_line(world: World, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="teacher view 'native' is not known: choose one of strip, mask"):
-        OnlineTeacher(world.teacher, tokenizer, view="native")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="teacher view 'blind' is not known: choose one of strip, native, mask"):
+        OnlineTeacher(world.teacher, tokenizer, view="blind")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="does not exist"):
         OnlineTeacher(world.teacher / "nowhere", tokenizer)
