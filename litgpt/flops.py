@@ -27,8 +27,8 @@ class Gpu(NamedTuple):
 
 
 # By the name that torch.cuda.get_device_name() gives. Source: NVIDIA's data sheets of H100, H200, A100 and L40S and the
-# Ada white paper (RTX 4090). Where a sheet prints the figure with sparsity (Hopper) it is halved. Lightning has a table,
-# too, but with the unhalved figure for the H200 and the H100 NVL, and without the L40S.
+# Ada white paper (RTX 4090). Where a sheet prints the figure with sparsity (Hopper) it is halved. Lightning's own
+# table has the unhalved figure for the H200 and the H100 NVL, and no L40S.
 GPUS: dict[str, Gpu] = {
     "NVIDIA H200": Gpu(989.5e12, 143771 << 20),
     "NVIDIA H200 NVL": Gpu(835.5e12, 143771 << 20),

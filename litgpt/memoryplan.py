@@ -1,9 +1,8 @@
 """Does a run fit, before it starts: bytes on one device item by item, the largest micro-batch, bytes on the disk.
 
 Parameters are counted on the module that trains (`Distiller`), built on the meta device, so no weight is read and what
-learns is what `freeze_but_experts` says. Activations are what autograd keeps, operation by operation of `model.py`;
-`tests/test_memoryplan.py` compares both with real steps on the CPU. Not everything lives at one time, so a plan has
-moments, and what counts is the fullest:
+learns is what `freeze_but_experts` says. Activations come from `activations.py`. `tests/test_memoryplan.py` compares
+both with real steps on the CPU. Not everything lives at one time: a plan has moments, and what counts is the fullest:
 
     teacher, base            they read the micro-batch, without gradients
     cka, loss                the student has run and all its activations are kept
@@ -26,6 +25,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from litgpt.activations import BF16, FP32, around_activations, block_activations, reading_bytes
 from litgpt.config import Config
 from litgpt.distill import Distiller, cka_layers
 from litgpt.model import GPT
@@ -47,7 +47,6 @@ _WHEN: dict[Moment, str] = {
 }
 
 GIB = 1 << 30
-FP32, BF16 = 4, 2
 # fp32 tensors [chunk_rows, V] that exist at one time: with a teacher its logits and the student's, both log-softmaxes,
 # their difference and products in backward; without, the log-softmax and its gradients. Counted in a running step.
 CHUNK_BUFFERS_WITH_TEACHER = 7
@@ -59,6 +58,16 @@ HEAD_GRADIENTS = 3
 FIXED_MARGIN = {True: 3 * GIB // 2, False: GIB // 2}
 # Holes of the allocator and buffers within kernels, as a share of all that comes and goes. Assumed.
 MARGIN_SHARE = 0.05
+
+
+def size_text(size: int) -> str:
+    """Bytes as people read them, in MiB or GiB."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / (1 << 20):.2f} MiB"
+
+
+def count_text(count: int) -> str:
+    """A number of parameters, in millions or billions."""
+    return f"{count / 1e9:.3g} B" if count >= 1e8 else f"{count / 1e6:.3g} M"
 
 
 @dataclass(frozen=True)
@@ -155,14 +164,13 @@ class MemoryPlan:
         return None if self.device_bytes is None else self.total <= self.device_bytes
 
     def table(self) -> str:
-        """Items with GiB and note; what is not in memory at the peak, and so not in the sum, stands in brackets."""
+        """Items with size and note; what is not in memory at the peak, and so not in the sum, stands in brackets."""
         width = max(len(item.name) for item in self.items)
-        lines = [f"{'memory of one device':<{width}}  {'GiB':>8}"]
+        lines = [f"{'memory of one device':<{width}}"]
         for item in self.items:
-            number = f"{item.bytes / GIB:.2f}"
-            number = f"{number} " if self.peak in item.moments else f"({number})"
-            lines.append(f"{item.name:<{width}}  {number:>9}  {item.note}".rstrip())
-        lines.append(f"{'together at the peak':<{width}}  {self.total / GIB:>8.2f}   {_WHEN[self.peak]}")
+            number = f"{size_text(item.bytes)} " if self.peak in item.moments else f"({size_text(item.bytes)})"
+            lines.append(f"{item.name:<{width}}  {number:>12}  {item.note}".rstrip())
+        lines.append(f"{'together at the peak':<{width}}  {size_text(self.total):>11}   {_WHEN[self.peak]}")
         return "\n".join(lines)
 
     def verdict(self) -> str:
@@ -303,9 +311,12 @@ class _Needs:
         sharded = placement.sharded and self.world_size > 1
         parts = self.world_size if sharded else 1
         by = f", 1/{parts} of them here" if sharded else ""
-        billions = f"{sizes.trained / 1e9:.3g} B"
-        yield Item("student, trained", -(-sizes.trained // parts) * FP32, f"{billions} fp32 master weights{by}")
-        yield Item("student, frozen", -(-sizes.frozen // parts) * FP32, f"{sizes.frozen / 1e9:.3g} B fp32{by}")
+        yield Item(
+            "student, trained",
+            -(-sizes.trained // parts) * FP32,
+            f"{count_text(sizes.trained)} fp32 master weights{by}",
+        )
+        yield Item("student, frozen", -(-sizes.frozen // parts) * FP32, f"{count_text(sizes.frozen)} fp32{by}")
         if placement.optimizer_8bit:
             state = 2 * (sizes.trained + -(-sizes.trained // 256) * FP32)
         else:
@@ -332,14 +343,14 @@ class _Needs:
                 head = self.teacher.padded_vocab_size * self.teacher.n_embd
                 yield Item("teacher's head", head * width, f"{kind}; its hidden rows come from the cache")
             else:
-                note = f"{self.teacher_parameters / 1e9:.3g} B {kind}"
+                note = f"{count_text(self.teacher_parameters)} {kind}"
                 yield Item("teacher", self.teacher_parameters * width, note)
                 reading = reading_bytes(self.teacher, rows, length, amp=False, width=width, on_gpu=bool(self.on_gpu))
                 yield Item("teacher's forward", reading, "one block at a time", ("teacher",))
             paired = self._scored(rows) * self.teacher.n_embd * width
             yield Item("teacher's rows", paired, "what its head reads, for the tokens with KD", MOMENTS[:-1])
         if self.base is not None:
-            yield Item("base", self.base_parameters * FP32, f"{self.base_parameters / 1e9:.3g} B fp32")
+            yield Item("base", self.base_parameters * FP32, f"{count_text(self.base_parameters)} fp32")
             if self._layers:
                 reading = reading_bytes(self.base, rows, length, amp=self.amp, width=FP32, on_gpu=bool(self.on_gpu))
                 yield Item("base's forward", reading, "one block at a time", ("base",))
@@ -369,9 +380,9 @@ class _Needs:
             yield Item("activations", inputs + around, f"the inputs of {L} blocks", forward)
             note = "the block that backward computes again"
         else:
-            yield Item("activations", (L - 1) * block + around, f"all that {L - 1} blocks keep for backward", forward)
+            yield Item("activations", (L - 1) * block + around, f"kept by the other {L - 1} blocks", forward)
             if copies:
-                yield Item("bf16 copies", (L - 1) * copies, f"of the weights of {L - 1} blocks", forward)
+                yield Item("bf16 copies", (L - 1) * copies, f"of the other {L - 1} blocks' weights", forward)
             note = "what backward works on"
         at_work: tuple[Moment, ...] = ("first block", "last block")
         whole = at_work if self.settings.run.activation_checkpointing else (*forward, "last block")
@@ -418,68 +429,6 @@ def dense_parameters(config: Config) -> int:
         return sum(p.numel() for p in GPT(config).parameters())
 
 
-def around_activations(config: Config, rows: int, length: int) -> int:
-    """What autograd keeps outside the blocks, bytes: RoPE's tables, the last norm's input, where thought tokens are."""
-    N = rows * length
-    return 2 * N * config.head_size * FP32 + N * (config.n_embd + 1) * FP32 + 2 * N
-
-
-def block_activations(config: Config, rows: int, length: int, *, amp: bool, on_gpu: bool) -> int:
-    """What autograd keeps of one MoE block with frozen attention and norms, bytes; weights and their casts left out.
-
-    A frozen matrix keeps nothing of its input, only a trained one does (the router, the experts).
-
-    Args:
-        config: of the student.
-        rows, length: B and T; attention has a document mask.
-        amp: products in bf16 under autocast, the residual stream in fp32; otherwise all in fp32.
-        on_gpu: keys and values are repeated for the query heads of their group (see `litgpt.model.attend`).
-    """
-    N, M, width = rows * length, rows * length * config.n_expert_per_token, BF16 if amp else FP32
-    heads, groups = config.n_head * config.head_size, config.n_query_groups * config.head_size
-    kept = 2 * N * (config.n_embd + 1) * FP32  # both norms: the residual stream, and 1 / rms
-
-    projected = N * (heads + 2 * groups) * width
-    if config.norm_qk:
-        kept += N * (config.n_head + config.n_query_groups) * FP32
-    # The norms read fp32: under autocast copies of q and k, otherwise the projection itself.
-    kept += N * (heads + groups) * FP32 if config.norm_qk and amp else 0
-    kept += projected if not on_gpu or (config.norm_qk and not amp) else 0  # v is a part of it
-    kept += N * (3 * heads if on_gpu else heads + groups) * width  # q, k and repeated v after RoPE
-    kept += N * heads * width + N * config.n_head * FP32  # attention's result, and its log-sum-exp
-    kept += rows * length * length * width  # the mask as numbers, made anew in each layer
-
-    kept += N * config.n_embd * FP32  # the router's input
-    kept += N * config.n_expert * FP32 + N * FP32 + M * (8 + 2 * FP32)  # probabilities, their sum, choices and weights
-    kept += 2 * M * 8 + config.n_expert * 4  # where each copy of a token went
-    kept += M * (2 * config.n_embd + 4 * config.expert_size) * width
-    return kept
-
-
-def reading_bytes(config: Config, rows: int, length: int, *, amp: bool, width: int, on_gpu: bool) -> int:
-    """Working memory of a forward pass without gradients: the larger of attention and MLP of one block, bytes.
-
-    Args:
-        config: of a dense model or a MoE.
-        rows, length: B and T, with a document mask.
-        amp: products in bf16 under autocast, whatever the weights are.
-        width: bytes of a weight, and of the residual stream.
-        on_gpu: as in `block_activations`.
-    """
-    N, product = rows * length, BF16 if amp else width
-    heads, groups = config.n_head * config.head_size, config.n_query_groups * config.head_size
-    always = N * config.n_embd * 2 * width + 2 * N * config.head_size * width + rows * length * length
-    # q is normed and rotated in fp32 while the projection is there; then the mask becomes numbers.
-    norm = N * (heads + 2 * groups) * product + 3 * N * heads * FP32
-    attend = N * ((heads + 2 * groups) + (4 if on_gpu else 2) * heads + groups) * product + rows * length**2 * product
-    if config.is_moe:
-        mlp = N * config.n_expert_per_token * (2 * config.n_embd + 4 * config.expert_size) * product
-    else:
-        mlp = 3 * N * config.intermediate_size * product
-    cast = config.n_embd * config.intermediate_size * BF16 if amp else 0
-    return always + max(norm, attend, mlp) + cast
-
-
 def device_memory(device: torch.device) -> int | None:
     """Bytes of a GPU, or of the machine's memory that is free or can be freed; `None` if the system does not say."""
     if device.type == "cuda":
@@ -519,8 +468,8 @@ class DiskPlan:
     def line(self) -> str:
         """One line for people."""
         return (
-            f"{self.checkpoints} checkpoints of {self.checkpoint / GIB:.2f} GiB, final/ {self.final / GIB:.2f} GiB, "
-            f"at most {self.total / GIB:.2f} GiB at one time"
+            f"{self.checkpoints} checkpoints of {size_text(self.checkpoint)}, final/ {size_text(self.final)}, "
+            f"at most {size_text(self.total)} at one time"
         )
 
 
