@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from litgpt.chat import Span
 from litgpt.cka import MINIMUM_ROWS, StreamingCKA, select_rows
 from litgpt.data import Batch
-from litgpt.losses import DistillTerms, Teacher, cka_loss, distill_terms
+from litgpt.losses import DistillTerms, Divergence, Head, TeacherTargets, cka_loss, distill_terms
 from litgpt.model import GPT, Output
 from litgpt.recipe import LossSettings
 from litgpt.routing import RouterStats, balance_loss, expert_counts
@@ -75,10 +75,9 @@ class ThoughtRows(nn.Module):
             x_BTD = torch.where((arguments[0] == index)[..., None], row_D, x_BTD)
         return x_BTD
 
-    def head(self, head_VD: Tensor) -> Tensor:
+    def head(self, head_VD: Tensor) -> Head:
         """The vocabulary projection with these rows in place, differentiable in them alone."""
-        rows = self.embedding if self.output is None else self.output
-        return head_VD.detach().index_copy(0, torch.tensor(self.ids, device=head_VD.device), rows)
+        return Head(head_VD.detach(), self.ids, self.embedding if self.output is None else self.output)
 
     @torch.no_grad()
     def write_back(self, student: GPT) -> None:
@@ -158,7 +157,7 @@ class MicroBatch:
         self.ce_weight_N = weight_BT.flatten().to(device)
         self.cka_BT = cka_BT.to(device)
         self.real_N = real_BT.flatten().to(device)
-        self.teacher: Teacher | None = None
+        self.teacher: TeacherTargets | None = None
         self.reference: dict[int, Tensor] = {}
         self.load_LE: Tensor | None = None
 
@@ -265,7 +264,13 @@ class Distiller(nn.Module):
             a scalar whose sum over the step's micro-batches is the step's loss, and its parts.
         """
         with_cka = bool(micro.reference) and micro.counts.cka > 0
-        output, terms = self.terms(micro, layers=self.layers if with_cka else [])
+        weights = self.settings
+        output, terms = self.terms(
+            micro,
+            layers=self.layers if with_cka else [],
+            ce_scale=weights.task_weight / (totals.ce or 1.0),
+            kd_scale=weights.kd_weight / (totals.kd or 1.0),
+        )
         ce, kd = terms.ce / (totals.ce or 1.0), terms.kd / (totals.kd or 1.0)
         cka = ce.new_zeros(())
         if with_cka:
@@ -274,8 +279,7 @@ class Distiller(nn.Module):
         own_LE = expert_counts(output.routing, micro.real_N)
         load_LE = own_LE if micro.load_LE is None else micro.load_LE
         balance = balance_loss(output.routing, micro.real_N, load_LE=load_LE, tokens=totals.tokens)
-        weights = self.settings
-        loss = weights.task_weight * ce + weights.kd_weight * kd + cka_weight * cka + weights.router_weight * balance
+        loss = terms.loss + cka_weight * cka + weights.router_weight * balance
         if micro.counts.tokens == 0:
             # A rank whose rows are all padding still has to answer for every parameter, or DDP waits for ever.
             loss = loss + 0.0 * output.hidden.sum() + sum(0.0 * p.sum() for p in self.rows_parameters())
@@ -286,9 +290,15 @@ class Distiller(nn.Module):
         return [] if self.rows is None else list(self.rows.parameters())
 
     def terms(
-        self, micro: MicroBatch, *, layers: Iterable[int] = (), temperature: float | None = None
+        self,
+        micro: MicroBatch,
+        *,
+        layers: Iterable[int] = (),
+        temperature: float | None = None,
+        ce_scale: float = 1.0,
+        kd_scale: float = 1.0,
     ) -> tuple[Output, DistillTerms]:
-        """Run the student and score CE and KD; sums over tokens."""
+        """Run the student and score CE and KD: their sums over tokens, and the loss that the scales make of them."""
         batch = micro.batch
         output: Output = self.student(
             batch.ids_BT, documents_BT=batch.documents_BT, layers=list(layers), return_logits=False
@@ -299,9 +309,11 @@ class Distiller(nn.Module):
             head_VD if self.rows is None else self.rows.head(head_VD),
             micro.targets_N,
             micro.ce_weight_N,
+            ce_scale=ce_scale,
+            kd_scale=kd_scale,
             teacher=micro.teacher,
             shared_vocab_size=self.shared_vocab_size,
-            temperature=self.settings.temperature if temperature is None else temperature,
+            divergence=Divergence(temperature=self.settings.temperature if temperature is None else temperature),
             chunk_rows=self.settings.chunk_rows,
         )
         return output, terms

@@ -216,7 +216,8 @@ def test_thought_rows_stand_in_for_the_embedding_and_go_back_into_it(world: Worl
         distiller.rows.embedding.mul_(3).add_(1)
     sequence = torch.tensor([[5, ids[0], 7, ids[1], 9]])
     patched = student(sequence).logits
-    assert torch.equal(distiller.rows.head(student.lm_head.weight)[ids], distiller.rows.embedding)
+    head = distiller.rows.head(student.lm_head.weight)
+    assert head.rows_RD is distiller.rows.embedding and head.row_ids == tokenizer.thought_ids
     distiller.rows.write_back(student)
     whole = load_model(world.student)
     whole.load_state_dict(student.state_dict())
