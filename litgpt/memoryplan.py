@@ -47,13 +47,10 @@ _WHEN: dict[Moment, str] = {
 }
 
 GIB = 1 << 30
-# fp32 tensors [chunk_rows, V] that exist at one time: with a teacher its logits and the student's, both log-softmaxes,
-# their difference and products in backward; without, the log-softmax and its gradients. Counted in a running step.
-CHUNK_BUFFERS_WITH_TEACHER = 7
-CHUNK_BUFFERS = 3
-# Tensors [V, D] in the loss's backward: the head learns through two of its rows, so the whole head gets a gradient, and
-# each chunk's is added to the sum so far after the chunk's logits are gone.
-HEAD_GRADIENTS = 3
+# Bytes of a chunk's logits that `losses.py` scores at one time, on CUDA and on a CPU, and how many tensors of that size
+# it makes of them (both log-probabilities, their difference and products).
+SCORED_AT_ONCE = {True: 1 << 25, False: 1 << 21}
+SCORE_BUFFERS = 5
 # Beside the activations: CUDA context, cuBLAS and cuDNN workspaces, or Python and torch themselves on a CPU. Assumed.
 FIXED_MARGIN = {True: 3 * GIB // 2, False: GIB // 2}
 # Holes of the allocator and buffers within kernels, as a share of all that comes and goes. Assumed.
@@ -403,18 +400,13 @@ class _Needs:
     def _loss(self, rows: int) -> Iterator[Item]:
         config, settings = self.student, self.settings
         N, D, V = rows * settings.data.max_seq_length, config.n_embd, config.padded_vocab_size
-        scored = self._scored(rows)
         with_teacher = self.teacher is not None
-        kept = N * D * FP32 + scored * D * FP32 + V * D * FP32
-        note = "hidden rows, the head with the thought tokens' rows"
-        if with_teacher:
-            kept += scored * V * FP32
-            note += f", the teacher's logits of {scored} tokens"
-        yield Item("loss, kept", kept, note, ("cka", "loss"))
-        chunk = min(settings.loss.chunk_rows, scored)
-        live = CHUNK_BUFFERS_WITH_TEACHER if with_teacher else CHUNK_BUFFERS
-        buffers = max(live * chunk + D, HEAD_GRADIENTS * D) * V * FP32 + 2 * N * D * FP32
-        yield Item("loss, one chunk", buffers, f"{live} x [{chunk}, {V}] fp32, and the head's gradient", ("loss",))
+        yield Item("loss, kept", 2 * N * D * FP32, "hidden rows, and their gradient made in forward", ("cka", "loss"))
+        chunk = min(settings.loss.chunk_rows, self._scored(rows))
+        logits = 2 if with_teacher else 1
+        piece = min(chunk * V * FP32, SCORED_AT_ONCE[bool(self.on_gpu)])
+        note = f"{logits} x [{chunk}, {V}] fp32, and what is made of a part of them"
+        yield Item("loss, one chunk", logits * chunk * V * FP32 + SCORE_BUFFERS * piece, note, ("loss",))
         if self._layers:
             own = self._layers * N * D * FP32
             products = min(2 * N * N, 2 * D * D) if N * 2 * D < 3 * D * D else 2 * D * D
