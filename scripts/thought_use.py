@@ -241,6 +241,8 @@ def _nll(model: GPT, loader: PackedLoader, thought: str) -> np.ndarray:
             model.lm_head.weight,
             targets_BT.flatten().to(device),
             scored_BT.flatten().to(device),
+            ce_scale=1.0,
+            kd_scale=0.0,
         )
         nll_R.index_add_(0, number_BT.flatten(), terms.ce_N.double().cpu())
     if not nll_R.isfinite().all():

@@ -170,11 +170,13 @@ def test_the_loss_and_its_gradient_are_the_same_from_the_cache(
                 head_VD,
                 torch.zeros(n, dtype=torch.int64),
                 torch.zeros(n),
+                ce_scale=0.0,
+                kd_scale=1.0,
                 teacher=teacher,
                 shared_vocab_size=shared,
             )
-            terms.kd.backward()
-            found.append((terms.kd.detach(), hidden_ND.grad))
+            terms.loss.backward()
+            found.append((terms.loss.detach(), hidden_ND.grad))
         torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
 
 
