@@ -59,7 +59,9 @@ def write_report(
     before, after = (values or {} for values in run.validations())
     drawings = {
         "curves.png": lambda path: draw_curves(run, path),
-        "cka_layers.png": lambda path: draw_cka(_finite(before.get("cka")), _finite(after.get("cka")), run, path),
+        "cka_layers.png": lambda path: draw_cka(
+            _finite(before.get("cka")), _finite(after.get("cka")), run, path, after_name=_after_name(run)
+        ),
         "router.png": lambda path: draw_router(before, after, path),
     }
     drawn = [report / name for name, draw in drawings.items() if draw(report / name)]
@@ -83,7 +85,7 @@ def report_page(run: RunFiles, drawn: set[str]) -> str:
         drawn: names of the pictures that lie beside it.
     """
     before, after = (values or {} for values in run.validations())
-    after_name = "after" if run.metrics else f"step {after.get('step', '')}".strip()
+    after_name = _after_name(run)
     parts = [f"# Run {code(run.name)}", _status(run)]
     parts += [f"- {remark}" for remark in run.remarks]
     parts += ["## Held-out dialogues"]
@@ -143,6 +145,12 @@ def _status(run: RunFiles) -> str:
     )
 
 
+def _after_name(run: RunFiles) -> str:
+    """What the last validation is called: the end of the training, or how far it is."""
+    last = run.validations()[1]
+    return f"step {last['step']}" if last and run.metrics is None else "after"
+
+
 def _about_validation(run: RunFiles) -> str:
     text = (
         "Before: the upcycled student at step 0. Lower is better; the thought before an answer is the dialogue's own."
@@ -163,15 +171,9 @@ def _eval_cka(run: RunFiles) -> list[str]:
         return ["`cka.json` here is about other weights than those of `final/`, and is not shown."]
     rows = [[str(layer.get("a")), str(layer.get("b")), number(layer.get("cka"))] for layer in run.cka.get("layers", [])]
     about = f"`eval_cka.py` on the stored weights, {number(run.cka.get('rows'))} tokens:"
-    return [
-        about,
-        table(["layer of the base", "layer of this model", "CKA"], rows, numbers_from=0),
-        *(
-            ["![CKA of every layer with every layer](cka.png)"]
-            if (run.directory / "report" / "cka.png").is_file()
-            else []
-        ),
-    ]
+    parts = [about, table(["layer of the base", "layer of this model", "CKA"], rows, numbers_from=0)]
+    there = {path.name for path in (run.directory / "report").glob("cka.png")}
+    return parts + _picture("cka.png", "CKA of every layer with every layer", there)
 
 
 def _frozen(run: RunFiles) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,15 +47,19 @@ class Panel:
     noisy: bool = True
 
 
-def smoothed(values: Sequence[float]) -> np.ndarray:
-    """Moving mean over the tenth of the values around each, at both ends over what there is of it."""
-    values_N = np.asarray(values, dtype=np.float64)
+def smoothed(series: Series) -> Series:
+    """Moving mean over the tenth of the points around each; towards both ends, to stay centred, over fewer.
+
+    The outermost points, whose window would be less than a quarter of a whole one, have no mean.
+    """
+    values_N = np.asarray(series.values, dtype=np.float64)
     half = min(max(2, len(values_N) // 20), WIDEST_WINDOW // 2)
     place_N = np.arange(len(values_N))
-    start_N, stop_N = np.maximum(place_N - half, 0), np.minimum(place_N + half + 1, len(values_N))
+    reach_N = np.minimum(half, np.minimum(place_N, len(values_N) - 1 - place_N))
     sums = np.concatenate(([0.0], np.cumsum(values_N)))
-    means_N: np.ndarray = (sums[stop_N] - sums[start_N]) / (stop_N - start_N)
-    return means_N
+    means_N = (sums[place_N + reach_N + 1] - sums[place_N - reach_N]) / (2 * reach_N + 1)
+    kept = slice(half // 4, len(values_N) - half // 4)
+    return Series(series.steps[kept], means_N[kept].tolist())
 
 
 def panels(run: RunFiles) -> list[Panel]:
@@ -76,6 +80,8 @@ def panels(run: RunFiles) -> list[Panel]:
         return {"": series} if any(series.values) else {}
 
     likeness = run.series("cka")
+    norms = [name for name in run.columns if name.startswith("grad_norm")]
+    whole = "all" if len(norms) > 1 else ""
     known = [
         Panel("loss", curve("loss"), log=True),
         Panel(
@@ -95,7 +101,7 @@ def panels(run: RunFiles) -> list[Panel]:
         Panel("weight of 1 − CKA", on("cka_weight"), noisy=False),
         Panel(
             "gradient norm",
-            {name[9:].strip("_/"): run.series(name) for name in run.columns if name.startswith("grad_norm")},
+            {name[9:].strip("_/") or whole: run.series(name) for name in norms},
             level=(float(clip), "clip") if isinstance(clip, int | float) else None,
             log=True,
         ),
@@ -165,6 +171,7 @@ def draw_curves(run: RunFiles, path: Path) -> bool:
             continue
         _draw_panel(cell, drawn[number])
         cell.set_xlim(first - room, last + room)
+        cell.xaxis.get_major_locator().set_params(integer=True)
         if number + columns >= len(drawn):
             cell.set_xlabel("optimizer step")
     if any(len(series.steps) >= SMOOTHED_FROM for panel in drawn for series in panel.curves.values()):
@@ -180,7 +187,12 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
     everything = [value for series in (*panel.curves.values(), *panel.points.values()) for value in series.values]
     spread = min(everything) > 0 and max(everything) / min(everything) >= LOG_FROM
     if panel.log and spread:
+        from matplotlib import ticker
+
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     colours = [_RAW, "tab:green", "tab:cyan", "tab:olive"]
     for number, (label, series) in enumerate(panel.curves.items()):
         colour = colours[number % len(colours)]
@@ -190,7 +202,8 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
             continue
         axes.plot(series.steps, series.values, color=colour, linewidth=0.7, alpha=0.35)
         dark = _SMOOTH if colour == _RAW else colour
-        axes.plot(series.steps, smoothed(series.values), color=dark, linewidth=1.6, label=label)
+        mean = smoothed(series)
+        axes.plot(mean.steps, mean.values, color=dark, linewidth=1.6, label=label)
     for number, (label, series) in enumerate(panel.points.items()):
         colour = _VALIDATION[number % len(_VALIDATION)]
         # Between two points nothing is known of the way.
@@ -203,7 +216,9 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         axes.legend(fontsize=7, framealpha=0.7)
 
 
-def draw_cka(before: Mapping[str, float], after: Mapping[str, float], run: RunFiles, path: Path) -> bool:
+def draw_cka(
+    before: Mapping[str, float], after: Mapping[str, float], run: RunFiles, path: Path, *, after_name: str = "after"
+) -> bool:
     """CKA to the base by layer, before and after; beside it its course, where there were three validations or more.
 
     Args:
@@ -211,6 +226,7 @@ def draw_cka(before: Mapping[str, float], after: Mapping[str, float], run: RunFi
         after: layer → value at the end; may be empty.
         run: for the course.
         path: of the PNG.
+        after_name: what the second is called.
     """
     layers = sorted({*before, *after}, key=int)
     if not layers:
@@ -222,11 +238,11 @@ def draw_cka(before: Mapping[str, float], after: Mapping[str, float], run: RunFi
         1, 1 + bool(course), figsize=(5.2 * (1 + bool(course)), 3.6), layout="constrained", squeeze=False
     )
     left = cells[0, 0]
-    for name, values, colour in (("before", before, "darkgray"), ("after", after, "tab:blue")):
+    for name, values, colour in (("before", before, "darkgray"), (after_name, after, "tab:blue")):
         own = [layer for layer in layers if layer in values]
         if own:
             left.plot([int(x) for x in own], [values[x] for x in own], "o-", color=colour, label=name)
-            if name == "after" and len(own) <= 12:
+            if values is after and len(own) <= 12:
                 for x in own:
                     spot = {"xytext": (0, -13), "textcoords": "offset points", "ha": "center", "fontsize": 8}
                     left.annotate(f"{values[x]:.3f}", (int(x), values[x]), **spot)
@@ -290,12 +306,12 @@ def draw_router(before: Mapping[str, Any], after: Mapping[str, Any], path: Path)
         if share_LE.size <= 400 and n_expert <= 16:
             for (row, e), share in np.ndenumerate(share_LE):
                 is_dead = e in dead.get(layers[row], [])
-                strong = is_dead or share > even + 0.7 * (top - even) or share < 0.3 * even
+                strong = is_dead or share > even + 0.6 * (top - even) or share < 0.4 * even
                 text = f"× {100 * share:.1f}" if is_dead else f"{100 * share:.0f}"
                 axes.text(e, row, text, ha="center", va="center", fontsize=8, color="white" if strong else "black")
         else:
             spots = [(e, layers.index(layer)) for layer, experts in dead.items() for e in experts]
-            axes.scatter([x for x, _ in spots], [y for _, y in spots], marker="x", color="black", s=18, linewidths=1)
+            axes.scatter([x for x, _ in spots], [y for _, y in spots], marker="x", color="white", s=14, linewidths=1)
         count = sum(map(len, dead.values()))
         axes.set_title(f"{name}: {count or 'no'} dead expert{'s' * (count != 1)}", fontsize=10)
         axes.set(xlabel="expert", ylabel="layer")
