@@ -300,7 +300,5 @@ def _not_measured(run: RunFiles) -> str:
         "- Languages other than Hindi, general knowledge, and what of it was lost in training.",
         "- Bias, misuse, and attacks beyond the checks of the exam.",
         "- Speed and memory when answering.",
-        "- Losses and CKA of the weights as stored: they were taken in the training's precision, and `lit_model.pth`",
-        "  has the dtype that the student came in.",
     ]
     return "\n".join(lines)

@@ -107,9 +107,9 @@ def panels(run: RunFiles) -> list[Panel]:
         ),
         Panel("tokens a second", curve("tokens_per_second")),
         Panel(
-            "busiest expert / mean, worst layer",
-            curve("expert_max_over_mean"),
-            points(held_out="expert_max_over_mean"),
+            "expert load / mean, worst layer",
+            {"busiest": run.series("expert_max_over_mean"), "idlest": run.series("expert_min_over_mean")},
+            points(held_out_busiest="expert_max_over_mean", held_out_idlest="expert_min_over_mean"),
             level=(1.0, "equal shares"),
         ),
         Panel("tokens a step", curve("tokens")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from litgpt.utils import UserError, sha256_file
 SETTINGS_FILE = "hyperparameters.yaml"
 METRICS_FILE = "metrics.csv"
 SAMPLES_FILE = "samples.jsonl"
+EVENTS_FILE = "events.jsonl"
 DEAD_SHARE = 0.1
 """An expert with less than this part of an equal share 1/E is called dead."""
 # Where examine.py is told to write: out/distill/exam, and out/demo/exam/NAME for several advisers.
@@ -55,7 +57,7 @@ class RunFiles:
         cka: report/cka.json of eval_cka.py, `None` where it has not run.
         samples: the lines of samples.jsonl.
         exams: the exams of this run's models on the same questions, none if the student itself has sat none.
-        remarks: what was left out and why, a sentence each.
+        remarks: what was left out and why, and what happened on the way, a sentence each.
     """
 
     directory: Path
@@ -148,6 +150,10 @@ def read_run(out_dir: Path, *, exam: Path | None = None) -> RunFiles:
     remarks = [f"{path} is older than {FINAL}/, so other weights sat it, and it is not shown." for path in stale]
     if broken:
         remarks.append(f"{METRICS_FILE}: {broken} broken line{'s' * (broken > 1)} left out.")
+    events = Counter(str(line.get("event", "event")) for line in _read_objects(out_dir / EVENTS_FILE))
+    if events:
+        counted = ", ".join(f"{count} {event}" for event, count in events.most_common())
+        remarks.append(f"{EVENTS_FILE} has the steps and records of: {counted}.")
     return RunFiles(
         directory=out_dir,
         settings=settings,
@@ -155,7 +161,7 @@ def read_run(out_dir: Path, *, exam: Path | None = None) -> RunFiles:
         metrics=_read_json(out_dir / "report" / "metrics.json"),
         provenance=read_provenance(out_dir / FINAL),
         cka=_read_json(out_dir / "report" / "cka.json"),
-        samples=_read_samples(out_dir / SAMPLES_FILE),
+        samples=_read_objects(out_dir / SAMPLES_FILE),
         exams=exams,
         remarks=remarks,
     )
@@ -217,8 +223,8 @@ def _parse(header: list[str], cells: list[str]) -> tuple[int, dict[str, float]] 
 
 
 def _nested(flat: Mapping[str, float]) -> dict[str, Any]:
-    """cka_3 → cka[3], as metrics.json has it; the largest expert_max_over_mean of all layers is no layer's own."""
-    own = {name: value for name, value in flat.items() if not name.startswith("cka_") and "max_over_mean" not in name}
+    """cka_3 → cka[3], as metrics.json has it; the worst expert_max_over_mean of all layers is no layer's own."""
+    own = {name: value for name, value in flat.items() if not name.startswith(("cka_", "expert_"))}
     return own | {"cka": {name[4:]: value for name, value in flat.items() if name.startswith("cka_")}}
 
 
@@ -234,17 +240,17 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return values
 
 
-def _read_samples(path: Path) -> list[dict[str, Any]]:
+def _read_objects(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, without a line that a kill has cut."""
-    samples = []
+    objects = []
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         try:
             value = json.loads(line)
         except ValueError:  # UnicodeDecodeError is one
             continue
         if isinstance(value, dict):
-            samples.append(value)
-    return samples
+            objects.append(value)
+    return objects
 
 
 def _exams(out_dir: Path, settings: Mapping[str, Any], given: Path | None) -> tuple[list[Exam], list[str]]:

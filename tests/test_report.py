@@ -281,6 +281,16 @@ def test_a_cut_last_line_is_left_out_and_said(tmp_path: Path) -> None:
     assert "metrics.csv: 2 broken lines left out." in page(run)
 
 
+def test_what_happened_on_the_way_is_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    events = [{"step": 3, "event": "spike"}, {"step": 5, "event": "skipped"}, {"step": 9, "event": "spike"}]
+    (run / "events.jsonl").write_text("\n".join(map(json.dumps, events)), encoding="utf-8")
+    assert "events.jsonl has the steps and records of: 2 spike, 1 skipped." in page(run)
+    write_lines(run, training_rows(1, 5, expert_min_over_mean=0.25))
+    curves = found(run)["expert load / mean, worst layer"].curves
+    assert (curves["busiest"].values[0], curves["idlest"].values[0]) == (1.5, 0.25)
+
+
 def test_a_resumed_run_has_no_step_twice(tmp_path: Path) -> None:
     first = training_rows(1, 9, loss=9.0)
     again = [validation_row(6), *training_rows(7, 7, loss=1.0)]
