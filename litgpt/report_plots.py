@@ -37,6 +37,7 @@ class Panel:
         level: a level to compare with, and its name.
         log: a log scale where the values span `LOG_FROM`.
         noisy: show a smoothed curve beside the raw one.
+        events: single steps, not a curve.
     """
 
     title: str
@@ -45,6 +46,7 @@ class Panel:
     level: tuple[float, str] | None = None
     log: bool = False
     noisy: bool = True
+    events: bool = False
 
 
 def smoothed(series: Series) -> Series:
@@ -113,15 +115,11 @@ def panels(run: RunFiles) -> list[Panel]:
             level=(1.0, "equal shares"),
         ),
         Panel("tokens a step", curve("tokens")),
+        Panel("steps left out, as not finite", curve("skipped"), events=True),
     ]
-    known_columns = {"loss", "ce", "kd", "cka", "balance", "lr", "cka_weight", "tokens_per_second", "tokens"}
-    known_columns |= {
-        "expert_max_over_mean",
-        "val/answer_ce",
-        "val/thought_ce",
-        "val/kd_kl",
-        "val/expert_max_over_mean",
-    }
+    known_columns = {"loss", "ce", "kd", "cka", "balance", "lr", "cka_weight", "tokens_per_second", "tokens", "skipped"}
+    known_columns |= {"val/answer_ce", "val/thought_ce", "val/kd_kl"}
+    known_columns |= {f"{where}expert_{end}_over_mean" for where in ("", "val/") for end in ("max", "min")}
     others: dict[str, Panel] = {}
     for name in run.columns:
         if name in known_columns or name.startswith(("grad_norm", "val/cka_")):
@@ -196,6 +194,10 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
     colours = [_RAW, "tab:green", "tab:cyan", "tab:olive"]
     for number, (label, series) in enumerate(panel.curves.items()):
         colour = colours[number % len(colours)]
+        if panel.events:
+            axes.vlines(series.steps, 0, 1, color="tab:red", linewidth=1.2)
+            axes.set_yticks([])
+            continue
         if not panel.noisy or len(series.steps) < SMOOTHED_FROM:
             mark = "o" if len(series.steps) < SMOOTHED_FROM else None
             axes.plot(series.steps, series.values, color=colour, linewidth=1.4, marker=mark, markersize=3, label=label)

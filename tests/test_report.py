@@ -287,7 +287,9 @@ def test_what_happened_on_the_way_is_said(tmp_path: Path) -> None:
     (run / "events.jsonl").write_text("\n".join(map(json.dumps, events)), encoding="utf-8")
     assert "events.jsonl has the steps and records of: 2 spike, 1 skipped." in page(run)
     write_lines(run, training_rows(1, 5, expert_min_over_mean=0.25))
-    curves = found(run)["expert load / mean, worst layer"].curves
+    shown = found(run)
+    assert not any("expert_min" in title for title in shown)
+    curves = shown["expert load / mean, worst layer"].curves
     assert (curves["busiest"].values[0], curves["idlest"].values[0]) == (1.5, 0.25)
 
 
