@@ -31,7 +31,8 @@ from litgpt import rundir
 from litgpt.checkpoint import load_model, load_state, read_provenance, require_lit_dir, save_lit_dir
 from litgpt.config import Config
 from litgpt.data import PackedLoader, read_records
-from litgpt.distill import Distiller, MicroBatch, Reference, Totals, evaluate
+from litgpt.cka import MINIMUM_ROWS
+from litgpt.distill import Distiller, MicroBatch, Reference, StepCka, Totals, evaluate
 from litgpt.losses import falling_weight
 from litgpt.recipe import DataSettings, LossSettings, OptimSettings, RunSettings, Settings, lr_at, require_same
 from litgpt.teacher import OnlineTeacher
@@ -259,22 +260,16 @@ class Trainer:
     def _train_step(self, batches: Iterator[Any]) -> dict[str, float]:
         """One optimizer step over `accumulation` micro-batches; returns the step's global metrics."""
         settings, fabric = self.settings, self.fabric
-        weights, optim = settings.loss, settings.optim
-        micros = [MicroBatch(next(batches), weights, self.view, fabric.device) for _ in range(optim.accumulation)]
+        optim = settings.optim
+        micros = [MicroBatch(next(batches), settings.loss, self.view, fabric.device) for _ in range(optim.accumulation)]
         counted = sum((micro.counts.as_tensor() for micro in micros), torch.zeros(4, dtype=torch.float64))
         totals = Totals(*self._sum_over_ranks(counted.to(fabric.device)).tolist())
         cka_weight = self._cka_weight()
         learning_rate = lr_at(self.step, self.steps, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        if weights.router_weight > 0 and len(micros) * fabric.world_size > 1:
-            # The balance loss multiplies each expert's share of the whole step with its probability. The shares must be
-            # known before the first backward, so the student reads the step's micro-batches once without gradient.
-            with fabric.autocast():
-                loads = [self.distiller.expert_load(micro.batch, micro.real_N) for micro in micros]
-            load_LE = self._sum_over_ranks(torch.stack(loads).sum(0))
-            for micro in micros:
-                micro.load_LE = load_LE
+        if len(micros) * fabric.world_size > 1:
+            self._survey(micros, totals, cka_weight)
 
         losses, parts, load_sums = [], [], []
         for number, micro in enumerate(micros, start=1):
@@ -317,6 +312,32 @@ class Trainer:
         return falling_weight(
             self.step, self.steps, start=loss.cka_weight, end=loss.cka_weight_end, fraction=loss.cka_fraction
         )
+
+    def _survey(self, micros: list[MicroBatch], totals: Totals, cka_weight: float) -> None:
+        """What must be known of the whole step before its first backward: the experts' loads, and CKA's moments.
+
+        Both terms are no sums over tokens: the balance loss multiplies each expert's share of the step with its
+        probability, CKA compares each row with all others. So the student (and for CKA the base) reads the step once
+        more, without gradient. Nothing is kept but sums, however many micro-batches there are.
+        """
+        with_cka = cka_weight > 0 and totals.cka >= MINIMUM_ROWS
+        if not with_cka and self.settings.loss.router_weight == 0:
+            return
+        step_cka = StepCka(self._sum_over_ranks) if with_cka else None
+        loads = []
+        for micro in micros:
+            with self.fabric.autocast():
+                layers = self.distiller.layers if with_cka else []
+                load_LE, states = self.distiller.survey(micro.batch, micro.real_N, layers)
+                reference = self.reference.hidden_states(micro.batch) if with_cka else {}
+            loads.append(load_LE)
+            if step_cka:
+                step_cka.update(states, reference, micro.cka_BT)
+        if step_cka:
+            step_cka.finish()
+        load_LE = self._sum_over_ranks(torch.stack(loads).sum(0))
+        for micro in micros:
+            micro.load_LE, micro.step_cka = load_LE, step_cka
 
     def _consult(self, micro: MicroBatch, cka_weight: float) -> None:
         """Let teacher and base read the micro-batch, each only if its term weighs anything."""
