@@ -265,9 +265,7 @@ class _Central(NamedTuple):
     sxy: Tensor
 
 
-def cka_share(
-    states_BTD: Tensor, reference_BTC: Tensor, keep_BT: Tensor, step: StreamingCKA, value: float
-) -> Tensor:
+def cka_share(states_BTD: Tensor, reference_BTC: Tensor, keep_BT: Tensor, step: StreamingCKA, value: float) -> Tensor:
     """One micro-batch's share of 1 - CKA over a whole optimizer step, with the exact gradient.
 
     CKA is a ratio of sums over all pairs of rows, so no micro-batch can compute its part alone. But its gradient at a

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from litgpt.chat import Span
 from litgpt.cka import MINIMUM_ROWS, StreamingCKA, cka_share, select_rows
 from litgpt.data import Batch
+from litgpt.generate import generate_batch
 from litgpt.losses import DistillTerms, Teacher, cka_loss, distill_terms
 from litgpt.model import GPT, Output
 from litgpt.recipe import LossSettings
@@ -55,7 +56,7 @@ class ThoughtRows(nn.Module):
 
     The embedding itself stays frozen: no gradient, no weight decay and no Adam state ever touch its other rows, so they
     are bit-identical after training by construction. The rows take their place on the way in (a hook on the embedding)
-    and on the way out (`head`); `write_back` puts them where a checkpoint expects them.
+    and on the way out (`head`); `Distiller.student_state` puts them where a checkpoint expects them.
 
     Args:
         student: the model whose rows these are.
@@ -79,21 +80,14 @@ class ThoughtRows(nn.Module):
     def head(self, head_VD: Tensor) -> Tensor:
         """The vocabulary projection with these rows in place, differentiable in them alone."""
         rows = self.embedding if self.output is None else self.output
-        return head_VD.detach().index_copy(0, torch.tensor(self.ids, device=head_VD.device), rows)
+        return head_VD.detach().to(rows.dtype).index_copy(0, torch.tensor(self.ids, device=head_VD.device), rows)
 
     @torch.no_grad()
     def write_back(self, student: GPT) -> None:
-        """Copy the rows into the model's own embedding and head."""
+        """Copy the rows into the model's own embedding and head, for whoever reads these without the hook."""
         student.transformer.wte.weight[list(self.ids)] = self.embedding
         if self.output is not None:
             student.lm_head.weight[list(self.ids)] = self.output
-
-    @torch.no_grad()
-    def read_from(self, student: GPT) -> None:
-        """Take the rows that the model's embedding and head have now."""
-        self.embedding.copy_(student.transformer.wte.weight[list(self.ids)])
-        if self.output is not None:
-            self.output.copy_(student.lm_head.weight[list(self.ids)])
 
 
 @dataclass
@@ -120,9 +114,9 @@ class Totals:
 class StepCka:
     """CKA of the chosen layers over all rows of an optimizer step, on all ranks: exact, value and gradient.
 
-    First `update` with each micro-batch, then `finish`, then ask for each micro-batch's `share`. Every rank does so with
-    equally many micro-batches. Memory: 3 D² numbers in fp64 a layer (25 MB for D = 1024), also what is added up over
-    ranks; time beside the forward passes of student and base: 10 N D² multiplications in fp64 a layer.
+    First `update` with each micro-batch, then `finish`, then ask for each micro-batch's `share`. Every rank does so
+    with equally many micro-batches. Beside a forward pass of student and base it costs, a layer: the memory of 3 D²
+    numbers in fp64 (25 MB for D = 1024), which are also added up over ranks, and 7 N D² multiplications in fp64.
 
     Args:
         sum_over_ranks: an all-reduce of one tensor.
@@ -364,6 +358,27 @@ class Distiller(nn.Module):
             batch.ids_BT, documents_BT=batch.documents_BT, layers=list(layers), return_logits=False
         )
         return expert_counts(output.routing, real_N), output.hidden_states
+
+    @torch.no_grad()
+    def replies(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
+        """Greedy continuations, see `litgpt.generate.generate_batch`."""
+        if self.rows is not None:
+            self.rows.write_back(self.student)
+        return generate_batch(self.student, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+
+    def student_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The student's part of this module's state, with the learnt rows in its embedding and head."""
+        student = {name.removeprefix("student."): x for name, x in state.items() if name.startswith("student.")}
+        embedding, head = "transformer.wte.weight", "lm_head.weight"
+        if self.rows is not None:
+            tied = "rows.output" not in state
+            for name, rows in ((embedding, "embedding"), (head, "embedding" if tied else "output")):
+                if name in student:
+                    student[name] = student[name].clone()
+                    student[name][list(self.rows.ids)] = state[f"rows.{rows}"].to(student[name])
+        return student
 
 
 @torch.no_grad()
