@@ -2,18 +2,19 @@
 
 Reads a student (upcycled lit dir), a teacher, the dense base and dialogues; writes a run directory whose `final/` is a
 lit dir again. Only routers, experts and the two thought tokens' rows learn. A killed run goes on from its last
-checkpoint, on a CPU bit for bit. The step's loss is in `litgpt/distill.py`, the run directory in `litgpt/rundir.py`.
+checkpoint, on a CPU bit for bit. At SIGTERM or its time limit it saves and ends with exit code 143. Several processes:
+`--run.devices 8`, or `torchrun --nproc_per_node 8 train_distill.py ...`, or `fabric run`.
+
+The step's loss is in `litgpt/distill.py`, the processes in `litgpt/strategy.py`, checkpoints in `litgpt/rundir.py`, the
+end in `litgpt/finish.py`.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import logging
 import math
+import sys
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,22 +22,40 @@ from typing import Any, cast
 
 import torch
 import yaml
-from lightning.fabric import Fabric, seed_everything
-from lightning.fabric.loggers.csv_logs import CSVLogger
-from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+from lightning.fabric import seed_everything
 from torch import Tensor
 from tqdm import tqdm
 
-from litgpt import rundir
-from litgpt.checkpoint import load_model, load_state, read_provenance, require_lit_dir, save_lit_dir
+from litgpt import finish, rundir, strategy
+from litgpt.checkpoint import load_model, read_provenance, require_lit_dir
+from litgpt.cka import MINIMUM_ROWS
 from litgpt.config import Config
 from litgpt.data import PackedLoader, read_records
-from litgpt.distill import Distiller, MicroBatch, Reference, Totals, evaluate
+from litgpt.distill import Distiller, MicroBatch, Reference, StepCka, Totals, evaluate
+from litgpt.guards import STOPPED_EXIT_CODE, SpikeWatch, StopRequest
 from litgpt.losses import falling_weight
-from litgpt.recipe import DataSettings, LossSettings, OptimSettings, RunSettings, Settings, lr_at, require_same
+from litgpt.model import GPT
+from litgpt.recipe import (
+    DataSettings,
+    LossSettings,
+    OptimSettings,
+    RunSettings,
+    Settings,
+    digests,
+    lr_at,
+    micro_batches,
+    moved_loader,
+    require_same,
+    require_same_files,
+    seconds_of,
+)
+from litgpt.samples import answer
 from litgpt.teacher import OnlineTeacher
 from litgpt.tokenizer import Tokenizer
-from litgpt.utils import UserError, atomic_file, run_cli, sha256_file
+from litgpt.utils import USER_ERROR_EXIT_CODE, UserError, atomic_file, run_cli
+
+SAMPLE_TOKENS = 256
+"""New tokens of a sample answer at most."""
 
 
 def distill(
@@ -107,8 +126,8 @@ class Trainer:
         data = settings.data
         for path in (settings.student, settings.base, settings.teacher, data.train, data.val):
             rundir.refuse_input(settings.out_dir, path)
-        self.start = rundir.start_point(settings.out_dir, settings.resume, overwrite=settings.overwrite)
-        checkpoint = rundir.load_checkpoint(self.start) if self.start else None
+        self.stop = StopRequest(seconds_of(settings.run.time_limit))
+        self.start, checkpoint = rundir.load_start(settings.out_dir, settings.resume, overwrite=settings.overwrite)
         require_lit_dir(settings.student, first="python scripts/upcycle_moe.py")
         require_lit_dir(settings.base)
         self.tokenizer = Tokenizer(settings.student)
@@ -120,7 +139,8 @@ class Trainer:
             self.teacher = OnlineTeacher(settings.teacher, self.tokenizer, view=settings.loss.teacher_view)
         self._check_lengths()
 
-        self.fabric = self._make_fabric()
+        settings.run = strategy.on_this_machine(settings.run)
+        self.fabric = strategy.make_fabric(settings.run, settings.out_dir, checkpoint["step"] if checkpoint else 0)
         seed_everything(settings.seed, verbose=False)
         packed = partial(
             PackedLoader,
@@ -141,11 +161,21 @@ class Trainer:
         self.steps = settings.optim.steps or math.ceil(settings.optim.epochs * per_epoch)
         settings.optim = replace(settings.optim, steps=self.steps)
         if checkpoint:
+            if "digests" not in checkpoint:
+                raise UserError(f"{self.start} is of an earlier version: start anew with --overwrite true")
             require_same(settings, checkpoint["settings"])
+        self.digests: dict[str, str] = self.fabric.broadcast(
+            digests(settings, teacher=self.teacher is not None) if self.fabric.is_global_zero else {}
+        )
+        if checkpoint:
+            require_same_files(settings.out_dir, self.digests, checkpoint["digests"])
         self._load_models()
         self.step = 0
         self.seconds = 0.0
+        self.skipped = 0
         self.before: dict[str, Any] | None = None
+        self.spikes = SpikeWatch(settings.run.spike_factor)
+        self.metrics = rundir.MetricsFile(settings.out_dir / rundir.METRICS_FILE)
         if checkpoint:
             self._restore(checkpoint)
 
@@ -158,53 +188,40 @@ class Trainer:
                     f"and the {name} reads at most {config.block_size} tokens"
                 )
 
-    def _make_fabric(self) -> Fabric:
-        run, out_dir = self.settings.run, self.settings.out_dir
-        on_gpu = run.accelerator == "cuda" or (run.accelerator == "auto" and torch.cuda.is_available())
-        if on_gpu and run.devices > torch.cuda.device_count():
-            raise UserError(f"run.devices is {run.devices}, and this machine has {torch.cuda.device_count()} GPUs")
-        precision = ("bf16-mixed" if on_gpu else "32-true") if run.precision == "auto" else run.precision
-        self.settings.run = replace(run, precision=precision)
-        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-        # The logger says that it deletes an earlier metrics.csv; `_restore` writes its lines again.
-        warnings.filterwarnings("ignore", message="Experiment logs directory")
-        fabric = Fabric(
-            accelerator="cuda" if on_gpu else "cpu",
-            devices=run.devices,
-            num_nodes=run.num_nodes,
-            strategy=run.strategy,
-            precision=precision,
-            loggers=[
-                CSVLogger(out_dir, name="", version="", flush_logs_every_n_steps=1),
-                TensorBoardLogger(out_dir, name="tensorboard", version=""),
-            ],
-        )
-        fabric.launch()
-        return fabric
-
     def _load_models(self) -> None:
-        settings, device = self.settings, self.fabric.device
+        settings, run = self.settings, self.settings.run
+        sharded = run.strategy == "fsdp"
+        # What is to be spread over several devices need not fit on one.
+        device = torch.device("cpu") if sharded else self.fabric.device
         student = load_model(settings.student, dtype=torch.float32, device=device)
-        student.activation_checkpointing = settings.run.activation_checkpointing
+        student.activation_checkpointing = run.activation_checkpointing
         thought_ids = self.tokenizer.thought_ids
         shared = self.teacher.shared_vocab_size if self.teacher else None
         self.distiller = Distiller(student, thought_ids, settings.loss, shared).train()
         # In fp32 under the student's autocast: at step 0 the two are then equal to the last bit.
         base = load_model(settings.base, dtype=torch.float32, device=device)
         self.reference = Reference(base, student, thought_ids, self.distiller.layers)
+        frozen: list[GPT] = [base]
         if self.teacher:
-            dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-            self.teacher.load(dtype=dtype, device=device)
-        rows = self.distiller.rows_parameters()
-        matrices = [p for p in student.parameters() if p.requires_grad]
-        optim = settings.optim
-        optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": rows, "weight_decay": 0.0}],
-            lr=optim.lr,
-            betas=optim.betas,
-            fused=device.type == "cuda",
-        )
-        self.module, self.optimizer = self.fabric.setup(self.distiller, optimizer)
+            self.teacher.load(
+                dtype=torch.float32 if self.fabric.device.type == "cpu" else torch.bfloat16, device=device
+            )
+            frozen += [self.teacher._model] if self.teacher._model else []
+        if run.frozen_dtype == "bfloat16":
+            strategy.store_frozen(student, torch.bfloat16)
+            strategy.store_frozen(base, torch.bfloat16)
+        if run.compile:
+            for model in (student, *frozen):
+                for block in model.transformer.h:
+                    block.compile()
+        if sharded:
+            for model in frozen:
+                mesh = cast(Any, self.fabric.strategy).device_mesh
+                # The teacher's head is read by the loss.
+                strategy.shard(model, mesh, whole=[cast(torch.nn.Parameter, model.lm_head.weight)], offload=run.offload)
+        self.module = self.fabric.setup_module(self.distiller)
+        # After the module: FSDP has put parts in the place of its parameters.
+        self.optimizer = strategy.make_optimizer(self.distiller, self.distiller.rows_parameters(), settings.optim)
 
     def run(self) -> None:
         """Train to the end, validate, write the report and `final/`."""
@@ -212,23 +229,19 @@ class Trainer:
         # On a GPU this would forbid operations that have no deterministic kernel.
         torch.use_deterministic_algorithms(deterministic or self.fabric.device.type == "cpu")
         try:
-            self._run()
+            with self.stop:
+                self._run()
         finally:
             torch.use_deterministic_algorithms(deterministic)
 
     def _run(self) -> None:
-        settings, run = self.settings, self.settings.run
-        if self.fabric.is_global_zero:
-            rundir.clear(settings.out_dir, everything=settings.overwrite and self.start is None)
-            self._write_hyperparameters()
-            if run.save_every >= self.steps:
-                print(f"{self.steps} steps: run.save_every {run.save_every} writes no checkpoint before the end")
-        self.fabric.barrier()
+        run = self.settings.run
+        self._first_alone(self._prepare_directory)
         if self.before is None:
             self.before = self._validate()
         batches = self.loader.forever()
         begun = time.perf_counter() - self.seconds
-        tokens, busy = 0.0, 0.0
+        tokens, busy, reported = 0.0, 0.0, 0
         bar = tqdm(
             total=self.steps,
             initial=self.step,
@@ -241,64 +254,82 @@ class Trainer:
             metrics = self._train_step(batches)
             self.step += 1
             tokens, busy = tokens + metrics["tokens"], busy + time.perf_counter() - started
+            reported += 1
             bar.update()
             if self.step % run.log_every == 0 or self.step == self.steps:
                 metrics["tokens_per_second"] = tokens / busy
-                self.fabric.log_dict(metrics, self.step)
+                metrics["eta_seconds"] = (self.steps - self.step) * busy / reported
+                self._log(metrics)
                 shown = ("loss", "ce", "kd", "cka", "balance", "expert_max_over_mean", "tokens_per_second")
                 bar.set_postfix_str(" ".join(f"{name} {metrics[name]:.4g}" for name in shown))
-                tokens, busy = 0.0, 0.0
+                tokens, busy, reported = 0.0, 0.0, 0
             self.seconds = time.perf_counter() - begun
             if self.step % run.val_every == 0 and self.step < self.steps:
                 self._validate()
-            if self.step % run.save_every == 0 and self.step < self.steps:
+            if self.stop.agreed or (self.step % run.save_every == 0 and self.step < self.steps):
                 self._save()
+            if self.stop.agreed:
+                bar.close()
+                if self.fabric.is_global_zero:
+                    print(
+                        f"stopped at step {self.step} of {self.steps}, saved; the same command goes on", file=sys.stderr
+                    )
+                raise SystemExit(STOPPED_EXIT_CODE)
         bar.close()
-        self._finish(self._validate())
+        self._finish()
+
+    def _prepare_directory(self) -> None:
+        settings = self.settings
+        rundir.clear(settings.out_dir, everything=settings.overwrite and self.start is None)
+        rundir.set_aside_newer(settings.out_dir, self.start)
+        rundir.keep_logs_up_to(settings.out_dir, self.step if self.start else -1)
+        self._write_hyperparameters()
+        if settings.run.save_every >= self.steps:
+            print(f"{self.steps} steps: run.save_every {settings.run.save_every} writes no checkpoint before the end")
 
     def _train_step(self, batches: Iterator[Any]) -> dict[str, float]:
         """One optimizer step over `accumulation` micro-batches; returns the step's global metrics."""
         settings, fabric = self.settings, self.fabric
-        weights, optim = settings.loss, settings.optim
-        micros = [MicroBatch(next(batches), weights, self.view, fabric.device) for _ in range(optim.accumulation)]
+        optim = settings.optim
+        micros = [MicroBatch(next(batches), settings.loss, self.view, fabric.device) for _ in range(optim.accumulation)]
         counted = sum((micro.counts.as_tensor() for micro in micros), torch.zeros(4, dtype=torch.float64))
         totals = Totals(*self._sum_over_ranks(counted.to(fabric.device)).tolist())
         cka_weight = self._cka_weight()
         learning_rate = lr_at(self.step, self.steps, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        if weights.router_weight > 0 and len(micros) * fabric.world_size > 1:
-            # The balance loss multiplies each expert's share of the whole step with its probability. The shares must be
-            # known before the first backward, so the student reads the step's micro-batches once without gradient.
-            with fabric.autocast():
-                loads = [self.distiller.expert_load(micro.batch, micro.real_N) for micro in micros]
-            load_LE = self._sum_over_ranks(torch.stack(loads).sum(0))
-            for micro in micros:
-                micro.load_LE = load_LE
+        if len(micros) * fabric.world_size > 1:
+            self._survey(micros, totals, cka_weight)
 
         losses, parts, load_sums = [], [], []
         for number, micro in enumerate(micros, start=1):
             self._consult(micro, cka_weight)
-            with fabric.no_backward_sync(self.module, enabled=number < len(micros)):
+            # FSDP's gradients would pile up whole; it adds up its parts after every micro-batch.
+            waits = number < len(micros) and settings.run.strategy != "fsdp"
+            with fabric.no_backward_sync(self.module, enabled=waits):
                 loss, terms = self.module(micro, totals, cka_weight)
-                # DDP averages gradients over ranks, but the ranks' shares are to be added up.
+                # Gradients are averaged over ranks, but the ranks' shares are to be added up.
                 fabric.backward(loss * fabric.world_size)
             losses.append(loss.detach())
             parts.append(terms.terms)
             load_sums.append(terms.load_LE)
             micro.teacher, micro.reference = None, {}
-        local = torch.stack(losses)
-        sums = self._sum_over_ranks(torch.cat((local.double().sum()[None], torch.stack(parts).sum(0))))
+        local = torch.stack(losses).double()
+        asked = local.new_tensor([float(bool(self.stop))])
+        sums = self._sum_over_ranks(torch.cat((local.sum()[None], torch.stack(parts).sum(0), asked)))
         step_load_LE = self._sum_over_ranks(torch.stack(load_sums).sum(0))
-        norm = fabric.clip_gradients(self.module, self.optimizer, max_norm=optim.clip, error_if_nonfinite=False)
-        assert norm is not None  # only DeepSpeed keeps it to itself
-        if not math.isfinite(float(sums[0]) + float(norm)):
-            raise UserError(self._not_finite(local, micros))
-        self.optimizer.step()
+        self.stop.agreed = float(sums[-1]) > 0
+        norms = self._clip()
+        finite = math.isfinite(float(sums[0]) + norms["grad_norm"])
+        if finite:
+            self.optimizer.step()
+            self.skipped = 0
+        else:
+            self._skip_or_stop(local, micros)
         self.optimizer.zero_grad()
-        if self.distiller.rows is not None:
-            self.distiller.rows.write_back(self.distiller.student)
         values = sums.tolist()
+        if finite and (threshold := self.spikes.see(values[0])) is not None:
+            self._note_event("spike", micros, loss=values[0], threshold=threshold)
         return {
             "loss": values[0],
             "ce": values[1],
@@ -307,16 +338,43 @@ class Trainer:
             "balance": values[4],
             "cka_weight": cka_weight,
             "lr": learning_rate,
-            "grad_norm": float(norm),
+            **norms,
             "expert_max_over_mean": float((step_load_LE.amax(1) / step_load_LE.mean(1)).max()),
+            "expert_min_over_mean": float((step_load_LE.amin(1) / step_load_LE.mean(1)).min()),
             "tokens": totals.tokens,
-        }
+        } | ({} if finite else {"skipped": 1.0})
 
     def _cka_weight(self) -> float:
         loss = self.settings.loss
         return falling_weight(
             self.step, self.steps, start=loss.cka_weight, end=loss.cka_weight_end, fraction=loss.cka_fraction
         )
+
+    def _survey(self, micros: list[MicroBatch], totals: Totals, cka_weight: float) -> None:
+        """What must be known of the whole step before its first backward: the experts' loads, and CKA's moments.
+
+        Both terms are no sums over tokens: the balance loss multiplies each expert's share of the step with its
+        probability, CKA compares each row with all others. So the student (and for CKA the base) reads the step once
+        more, without gradient. Nothing is kept but sums, however many micro-batches there are.
+        """
+        with_cka = cka_weight > 0 and totals.cka >= MINIMUM_ROWS
+        if not with_cka and self.settings.loss.router_weight == 0:
+            return
+        step_cka = StepCka(self._sum_over_ranks) if with_cka else None
+        loads = []
+        for micro in micros:
+            with self.fabric.autocast():
+                layers = self.distiller.layers if with_cka else []
+                load_LE, states = self.distiller.survey(micro.batch, micro.real_N, layers)
+                reference = self.reference.hidden_states(micro.batch) if with_cka else {}
+            loads.append(load_LE)
+            if step_cka:
+                step_cka.update(states, reference, micro.cka_BT)
+        if step_cka:
+            step_cka.finish()
+        load_LE = self._sum_over_ranks(torch.stack(loads).sum(0))
+        for micro in micros:
+            micro.load_LE, micro.step_cka = load_LE, step_cka
 
     def _consult(self, micro: MicroBatch, cka_weight: float) -> None:
         """Let teacher and base read the micro-batch, each only if its term weighs anything."""
@@ -329,14 +387,68 @@ class Trainer:
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return cast(Tensor, self.fabric.all_reduce(values, reduce_op="sum"))
 
-    def _not_finite(self, losses: Tensor, micros: list[MicroBatch]) -> str:
-        bad = [micro for micro, value in zip(micros, losses, strict=True) if not math.isfinite(float(value))]
-        named = [self.loader.records[i].id for micro in bad for row in micro.batch.records for i in row]
-        where = f"in a micro-batch of the records {', '.join(named)}" if named else "in the gradient"
-        return (
-            f"step {self.step + 1}: the loss is no longer finite, {where}; the last checkpoint is as it was: "
+    def _clip(self) -> dict[str, float]:
+        """Scale the gradient down to its largest norm; returns the norms before, of all of it and by group."""
+        groups: dict[str, list[Tensor]] = {}
+        for name, parameter in self.distiller.named_parameters():
+            if parameter.grad is not None:
+                group = "routers" if ".mlp.gate." in name else "experts" if ".experts." in name else "thought_rows"
+                groups.setdefault(group, []).append(parameter.grad)
+        norms = {f"grad_norm_{group}": float(strategy.norm(gradients)) for group, gradients in groups.items()}
+        total = math.hypot(*norms.values())
+        if total > self.settings.optim.clip:
+            for gradient in (gradient for gradients in groups.values() for gradient in gradients):
+                gradient.mul_(self.settings.optim.clip / total)
+        return {"grad_norm": total, **norms}
+
+    def _skip_or_stop(self, losses: Tensor, micros: list[MicroBatch]) -> None:
+        """The step's loss or gradient is not finite: leave the step out, or end the run.
+
+        Raises:
+            UserError: `run.on_nonfinite` says so, or too many steps in a row were left out.
+        """
+        run = self.settings.run
+        bad = [micro for micro, value in zip(micros, losses.tolist(), strict=True) if not math.isfinite(value)]
+        found = bool(float(self._sum_over_ranks(losses.new_tensor([float(len(bad))]))))
+        named = self._note_event("nonfinite", bad if found else micros, where="loss" if found else "gradient")
+        self.skipped += 1
+        if run.on_nonfinite == "skip" and self.skipped <= run.max_skips:
+            return
+        where = f"in a micro-batch of the records {', '.join(named)}" if found else "in the gradient"
+        often = f", {self.skipped} times in a row" if self.skipped > 1 else ""
+        raise UserError(
+            f"step {self.step + 1}: the loss is no longer finite{often}, {where}; the last checkpoint is as it was: "
             "lower optim.lr, or look at these records"
         )
+
+    def _note_event(self, event: str, micros: list[MicroBatch], **more: Any) -> list[str]:
+        """Write a step's event with the ids of the records of all ranks' micro-batches to events.jsonl."""
+        ids = [self.loader.records[i].id for micro in micros for row in micro.batch.records for i in row]
+        gathered: list[list[str]] = [ids] * self.fabric.world_size
+        if self.fabric.world_size > 1:
+            torch.distributed.all_gather_object(gathered, ids)
+        ids = [identity for of_rank in gathered for identity in of_rank]
+        if self.fabric.is_global_zero:
+            path = self.settings.out_dir / rundir.EVENTS_FILE
+            rundir.append_jsonl(path, {"step": self.step + 1, "event": event, **more, "records": ids})
+        return ids
+
+    def _log(self, values: Mapping[str, float]) -> None:
+        if self.fabric.is_global_zero:
+            self.metrics.append(self.step, values)
+        self.fabric.log_dict(values, self.step)
+
+    def _first_alone(self, work: Callable[[], object]) -> None:
+        """Let process 0 do it while the others wait; a user's mistake in it ends them all, with one line."""
+        complaint = None
+        if self.fabric.is_global_zero:
+            try:
+                work()
+            except UserError as error:
+                complaint = str(error)
+        complaint = self.fabric.broadcast(complaint)
+        if complaint is not None:
+            raise UserError(complaint) if self.fabric.is_global_zero else SystemExit(USER_ERROR_EXIT_CODE)
 
     def _validate(self) -> dict[str, Any]:
         metrics = evaluate(
@@ -351,88 +463,82 @@ class Trainer:
         means = {name: metrics[name] for name in ("answer_ce", "thought_ce", "kd_kl") if metrics[name] is not None}
         flat = means | {f"cka_{layer}": value for layer, value in metrics["cka"].items() if value is not None}
         flat["expert_max_over_mean"] = max(metrics["expert_max_over_mean"].values())
-        self.fabric.log_dict({f"val/{name}": value for name, value in flat.items()}, self.step)
+        self._log({f"val/{name}": value for name, value in flat.items()})
+        with self.fabric.autocast():
+            samples = answer(self.distiller, self.val_loader.records[: self.settings.run.samples], self.tokenizer)
         if self.fabric.is_global_zero:
+            path = self.settings.out_dir / rundir.SAMPLES_FILE
+            rundir.append_jsonl(path, *({"step": self.step} | sample for sample in samples))
             tqdm.write(f"step {self.step}/{self.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in flat.items()))
         return {"step": self.step} | metrics
 
     def _save(self) -> None:
-        if self.fabric.is_global_zero:
-            state = {
-                "step": self.step,
-                "seconds": self.seconds,
-                "settings": self.settings.plain(),
-                "before": self.before,
-                "schedule": {"lr": lr_at(self.step, self.steps, self.settings.optim), "cka_weight": self._cka_weight()},
-                "model": self.distiller.student.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "loader": self.loader.state_dict(),
-                "rng": rundir.rng_state(),
-            }
-            rundir.save_checkpoint(self.settings.out_dir, self.step, state)
-        self.fabric.barrier()
+        model, optimizer = strategy.full_states(self.distiller, self.optimizer)
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "settings": self.settings.plain(),
+            "digests": self.digests,
+            "before": self.before,
+            "schedule": {"lr": lr_at(self.step, self.steps, self.settings.optim), "cka_weight": self._cka_weight()},
+            "spikes": self.spikes.state_dict(),
+            "skipped": self.skipped,
+            "model": model,
+            "optimizer": optimizer,
+            "loader": self.loader.state_dict(),
+            "rng": rundir.rng_state(),
+        }
+        out_dir, keep = self.settings.out_dir, self.settings.run.keep_checkpoints
+        self._first_alone(lambda: rundir.save_checkpoint(out_dir, self.step, state, keep=keep))
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.distiller.student.load_state_dict(state["model"])
-        if self.distiller.rows is not None:
-            self.distiller.rows.read_from(self.distiller.student)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.loader.load_state_dict(state["loader"])
+        strategy.set_full_states(self.distiller, self.optimizer, state["model"], state["optimizer"])
+        loader = state["loader"]
+        if micro_batches(state["settings"]) == micro_batches(self.settings.plain()):
+            loader = moved_loader(loader, self.fabric.world_size)
+        self.loader.load_state_dict(loader)
         self.step, self.seconds, self.before = state["step"], state["seconds"], state["before"]
+        self.skipped = state["skipped"]
+        self.spikes.load_state_dict(state["spikes"])
         rundir.set_rng_state(state["rng"])
-        self._keep_metrics_up_to(self.step)
 
-    def _finish(self, after: dict[str, Any]) -> None:
-        """Prove that nothing else moved, then write the report and, last, `final/`."""
-        if self.fabric.is_global_zero:
-            settings = self.settings
-            source = load_state(settings.student)
-            # In the student's own dtype: frozen weights were widened to fp32 and come back unchanged.
-            state = {
-                name: tensor.detach().cpu().to(source[name].dtype)
-                for name, tensor in self.distiller.student.state_dict().items()
-            }
-            frozen = compare_frozen(state, source, self.tokenizer.thought_ids or ())
-            report = {
-                "before": self.before,
-                "after": after,
-                "frozen": frozen,
-                "training": {
-                    "steps": self.steps,
-                    "seconds": round(self.seconds, 1),
-                    "train_dialogues": len(self.loader.records),
-                    "train_dialogues_too_long": self.loader.dropped,
-                    "val_dialogues": len(self.val_loader.records),
-                    "val_dialogues_too_long": self.val_loader.dropped,
-                },
-            }
-            with atomic_file(settings.out_dir / "report" / "metrics.json") as temporary:
-                temporary.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-            if frozen["changed"]:
-                raise RuntimeError(f"frozen tensors changed in training: {', '.join(frozen['changed'])}")
-            save_lit_dir(
-                settings.out_dir / rundir.FINAL,
-                state,
+    def _finish(self) -> None:
+        finish.round_to_stored(self.distiller, self.settings.student)
+        report = {
+            "before": self.before,
+            "after": self._validate(),
+            "training": {
+                "steps": self.steps,
+                "seconds": round(self.seconds, 1),
+                "train_dialogues": len(self.loader.records),
+                "train_dialogues_too_long": self.loader.dropped,
+                "val_dialogues": len(self.val_loader.records),
+                "val_dialogues_too_long": self.val_loader.dropped,
+            },
+        }
+        (state,) = strategy.full_states(self.distiller)
+
+        def write() -> None:
+            finish.write_final(
+                self.settings.out_dir,
+                self.settings.student,
+                self.distiller.student_state(state),
                 self.config,
-                source_dir=settings.student,
-                provenance={
-                    key: value
-                    for key, value in read_provenance(settings.student).items()
-                    if key not in ("tool", "tie_embeddings")  # the writer's own
-                }
-                | {"distilled": self._provenance()},
+                learnt_rows=self.tokenizer.thought_ids or (),
+                report=report,
+                provenance=self._provenance(),
             )
-        self.fabric.barrier()
+
+        self._first_alone(write)
         for logger in self.fabric.loggers:
             logger.finalize("success")
 
     def _provenance(self) -> dict[str, Any]:
-        data = self.settings.data
         return {
             "settings": self.settings.plain(),
             "world_size": self.fabric.world_size,
-            "train_sha256": sha256_file(data.train),
-            "val_sha256": sha256_file(data.val),
+            "train_sha256": self.digests["data.train"],
+            "val_sha256": self.digests["data.val"],
         }
 
     def _write_hyperparameters(self) -> None:
@@ -440,48 +546,6 @@ class Trainer:
         settings = {key: value for key, value in self.settings.plain().items() if key not in ("resume", "overwrite")}
         with atomic_file(self.settings.out_dir / "hyperparameters.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-
-    def _keep_metrics_up_to(self, step: int) -> None:
-        """Carry the lines of metrics.csv that the checkpoint knows of into the new logger, which starts it afresh."""
-        path = self.settings.out_dir / "metrics.csv"
-        if not self.fabric.is_global_zero or not path.is_file():
-            return
-        with path.open(encoding="utf-8", newline="") as file:
-            # A kill may have cut the last line.
-            lines = [line for line in csv.DictReader(file) if (line["step"] or "").isdecimal()]
-        lines = [line for line in lines if int(line["step"]) <= step]
-        for line in lines:
-            values = {name: float(value) for name, value in line.items() if value and name != "step"}
-            self.fabric.loggers[0].log_metrics(values, int(line["step"]))
-
-
-def compare_frozen(
-    state: Mapping[str, Tensor], source: Mapping[str, Tensor], learnt_rows: Sequence[int]
-) -> dict[str, Any]:
-    """Compare what must not have moved, bit by bit: everything but routers, experts and the learnt embedding rows.
-
-    Args:
-        state: the trained student by memory names, in the dtypes of `source`.
-        source: the student before training.
-        learnt_rows: rows of embedding and head that were trained.
-
-    Returns:
-        `compared` (tensors), `identical` (how many of them) and `changed` (the names of the others).
-    """
-    changed, compared = [], 0
-    for name, before in source.items():
-        if ".mlp.gate." in name or ".mlp.experts." in name:
-            continue
-        after = state[name]
-        if name in ("transformer.wte.weight", "lm_head.weight"):
-            kept = torch.ones(len(before), dtype=torch.bool)
-            kept[list(learnt_rows)] = False
-            before, after = before[kept], after[kept]
-        compared += 1
-        # As bytes: -0.0 equals 0.0, and a NaN does not equal itself.
-        if not torch.equal(before.contiguous().view(torch.uint8), after.contiguous().view(torch.uint8)):
-            changed.append(name)
-    return {"compared": compared, "identical": compared - len(changed), "changed": changed}
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ first position) makes any two networks look alike, so `select_rows` drops positi
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,21 +123,27 @@ class StreamingCKA:
     """Exact linear CKA of a whole data set in one pass, biased or unbiased, in memory O((D + C)²).
 
     Feed batches of rows in any order; the result equals `linear_cka` of all rows at once. Moments are kept in fp64
-    about a fixed shift (the mean of the first batch), so that a large common offset does not eat the digits.
+    about a fixed shift, so that a large common offset does not eat the digits.
+
+    Args:
+        shifts: for x [D] and y [C]; by default the means of the first batch. Processes whose moments are to be added
+            up need the same.
     """
 
     n: int = 0
+    shifts: tuple[Tensor, Tensor] | None = None
     _moments: dict[str, Tensor] = field(default_factory=dict)
 
     def update(self, x_ND: Tensor, y_NC: Tensor) -> None:
         """Add rows: x_ND of the first network, y_NC of the second, same tokens."""
         if len(x_ND) != len(y_NC):
             raise ValueError(f"CKA compares the same tokens: got {len(x_ND)} and {len(y_NC)} rows")
-        if len(x_ND) == 0:
+        if len(x_ND) == 0 and self.shifts is None:
             return
         x_ND, y_NC = x_ND.detach().double(), y_NC.detach().double()
         if not self._moments:
-            self._moments = {"x_shift": x_ND.mean(0), "y_shift": y_NC.mean(0)}
+            x_shift, y_shift = self.shifts or (x_ND.mean(0), y_NC.mean(0))
+            self._moments = {"x_shift": x_shift, "y_shift": y_shift}
         x_ND, y_NC = x_ND - self._moments["x_shift"], y_NC - self._moments["y_shift"]
         p_N, q_N = (x_ND * x_ND).sum(1), (y_NC * y_NC).sum(1)
         added = {
@@ -160,32 +167,123 @@ class StreamingCKA:
             self._moments[name] = self._moments[name] + value if name in self._moments else value
         self.n += len(x_ND)
 
+    def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Add up the moments of all processes; each then has those of all rows. They need the same `shifts`.
+
+        Args:
+            sum_over_ranks: an all-reduce of one fp64 tensor; called once, with about D² + C² + D·C numbers.
+        """
+        names = [name for name in self._moments if not name.endswith("shift")]
+        flat = torch.cat([self._moments[name].flatten() for name in names])
+        summed = sum_over_ranks(torch.cat((flat, flat.new_tensor([self.n]))))
+        self.n = int(summed[-1])
+        pieces = summed[:-1].split([self._moments[name].numel() for name in names])
+        for name, piece in zip(names, pieces, strict=True):
+            self._moments[name] = piece.view_as(self._moments[name])
+
     def result(self, *, unbiased: bool = True) -> float:
         """CKA of all rows so far.
 
         Raises:
             ValueError: fewer than 4 rows.
         """
+        central = self._central()
+        if not unbiased:
+            return float(central.sxy.pow(2).sum() / (central.sxx.pow(2).sum() * central.syy.pow(2).sum()).sqrt())
+        xy, xx, yy = self._hsics(central)
+        return float(xy / (xx * yy).sqrt())
+
+    def gradient(self, x_ND: Tensor, y_NC: Tensor) -> Tensor:
+        """What the unbiased CKA of all rows so far changes by, with each of these rows of x (some of those seen).
+
+        With centred rows x and y, k = |x|², l = |y|², and HSIC₁ as in `hsic1_from_moments`,
+
+            ∂HSIC₁(X, Y) / ∂x = 2 Sxy y - 2 n / (n - 2) · l x + 2 Σl / ((n - 1)(n - 2)) · x
+            ∂HSIC₁(X, X) / ∂x = 4 Sxx x - 4 n / (n - 2) · k x + 4 Σk / ((n - 1)(n - 2)) · x
+
+        each less its mean over all n rows, because every row moves the mean. Costs 2 N D (D + C) multiplications.
+
+        Returns:
+            ∂CKA / ∂x, fp64 [N, D].
+        """
+        c, m, n = self._central(), self._moments, self.n
+        xy, xx, yy = self._hsics(c)
+        x_ND = x_ND.detach().double() - m["x_shift"] - c.mx
+        y_NC = y_NC.detach().double() - m["y_shift"] - c.my
+        k_N1, l_N1 = (x_ND * x_ND).sum(1, keepdim=True), (y_NC * y_NC).sum(1, keepdim=True)
+        k_sum, l_sum = c.sxx.trace(), c.syy.trace()
+        # Σ k x and Σ l x of centred rows, from the moments about the shift.
+        kx = m["px"] - 2 * m["xx"] @ c.mx + (c.mx @ c.mx) * m["x"] - k_sum * c.mx
+        lx = m["qx"] - 2 * m["xy"] @ c.my + (c.my @ c.my) * m["x"] - l_sum * c.mx
+        diagonal, total = n / (n - 2), 1 / ((n - 1) * (n - 2))
+        of_xy = 2 * (y_NC @ c.sxy.T - diagonal * (l_N1 * x_ND - lx / n) + total * l_sum * x_ND)
+        of_xx = 4 * (x_ND @ c.sxx - diagonal * (k_N1 * x_ND - kx / n) + total * k_sum * x_ND)
+        gradient_ND: Tensor = (of_xy - xy / (2 * xx) * of_xx) / (xx * yy).sqrt()
+        return gradient_ND
+
+    def _central(self) -> _Central:
         if self.n < MINIMUM_ROWS:
             raise ValueError(f"CKA needs at least {MINIMUM_ROWS} rows, got {self.n}")
         m, n = self._moments, self.n
         mx, my = m["x"] / n, m["y"] / n
-        sxx = m["xx"] - n * torch.outer(mx, mx)
-        syy = m["yy"] - n * torch.outer(my, my)
-        sxy = m["xy"] - n * torch.outer(mx, my)
-        xy, xx, yy = sxy.pow(2).sum(), sxx.pow(2).sum(), syy.pow(2).sum()
-        if unbiased:
-            k, l_ = sxx.trace(), syy.trace()
-            a, b = mx @ mx, my @ my
-            # Σ (p - 2 x·μx + a)(q - 2 y·μy + b), and the same with both factors of one side.
-            kl = (
-                m["pq"] - 2 * m["py"] @ my + b * m["p"]
-                - 2 * m["qx"] @ mx + 4 * mx @ m["xy"] @ my - 2 * b * m["x"] @ mx
-                + a * m["q"] - 2 * a * m["y"] @ my + n * a * b
-            )  # fmt: skip
-            kk = m["pp"] - 4 * m["px"] @ mx + 2 * a * m["p"] + 4 * mx @ m["xx"] @ mx - 4 * a * m["x"] @ mx + n * a * a
-            ll = m["qq"] - 4 * m["qy"] @ my + 2 * b * m["q"] + 4 * my @ m["yy"] @ my - 4 * b * m["y"] @ my + n * b * b
-            xy = hsic1_from_moments(xy, kl, k, l_, n)
-            xx = hsic1_from_moments(xx, kk, k, k, n)
-            yy = hsic1_from_moments(yy, ll, l_, l_, n)
-        return float(xy / (xx * yy).sqrt())
+        return _Central(
+            mx,
+            my,
+            sxx=m["xx"] - n * torch.outer(mx, mx),
+            syy=m["yy"] - n * torch.outer(my, my),
+            sxy=m["xy"] - n * torch.outer(mx, my),
+        )
+
+    def _hsics(self, central: _Central) -> tuple[Tensor, Tensor, Tensor]:
+        """HSIC₁ times N (N - 3) of x with y, x with x, y with y."""
+        m, n = self._moments, self.n
+        mx, my, sxx, syy, sxy = central
+        k, l_ = sxx.trace(), syy.trace()
+        a, b = mx @ mx, my @ my
+        # Σ (p - 2 x·μx + a)(q - 2 y·μy + b), and the same with both factors of one side.
+        kl = (
+            m["pq"] - 2 * m["py"] @ my + b * m["p"]
+            - 2 * m["qx"] @ mx + 4 * mx @ m["xy"] @ my - 2 * b * m["x"] @ mx
+            + a * m["q"] - 2 * a * m["y"] @ my + n * a * b
+        )  # fmt: skip
+        kk = m["pp"] - 4 * m["px"] @ mx + 2 * a * m["p"] + 4 * mx @ m["xx"] @ mx - 4 * a * m["x"] @ mx + n * a * a
+        ll = m["qq"] - 4 * m["qy"] @ my + 2 * b * m["q"] + 4 * my @ m["yy"] @ my - 4 * b * m["y"] @ my + n * b * b
+        return (
+            hsic1_from_moments(sxy.pow(2).sum(), kl, k, l_, n),
+            hsic1_from_moments(sxx.pow(2).sum(), kk, k, k, n),
+            hsic1_from_moments(syy.pow(2).sum(), ll, l_, l_, n),
+        )
+
+
+class _Central(NamedTuple):
+    """Means (about the shift) and central second moments, not divided by n."""
+
+    mx: Tensor
+    my: Tensor
+    sxx: Tensor
+    syy: Tensor
+    sxy: Tensor
+
+
+def cka_share(states_BTD: Tensor, reference_BTC: Tensor, keep_BT: Tensor, step: StreamingCKA, value: float) -> Tensor:
+    """One micro-batch's share of 1 - CKA over a whole optimizer step, with the exact gradient.
+
+    CKA is a ratio of sums over all pairs of rows, so no micro-batch can compute its part alone. But its gradient at a
+    row follows from the row and from the step's moments, which a pass without gradient has collected before. The
+    shares of all micro-batches add up to 1 - CKA, their gradients to its gradient.
+
+    Args:
+        states_BTD: the student's hidden states of this micro-batch, differentiable.
+        reference_BTC: the reference's, same tokens.
+        keep_BT: which tokens are rows.
+        step: has seen exactly these rows and those of the step's other micro-batches.
+        value: `step.result()`.
+
+    Returns:
+        a scalar in fp64: this micro-batch's part of the rows times 1 - value. Beside a forward pass of both networks
+        that `step` cost, this costs 2 N D (D + C) multiplications in fp64 and the memory of D² + C² + D·C numbers.
+    """
+    x_ND = states_BTD[keep_BT]
+    gradient_ND = step.gradient(x_ND, reference_BTC[keep_BT])
+    moving = (x_ND.double() * gradient_ND).sum()
+    return len(x_ND) / step.n * (1 - value) - (moving - moving.detach())

@@ -4,13 +4,14 @@
 
 CE is scored on thought and answer, KD on the answer alone, CKA against the dense base on the spans chosen. Each term is
 divided by its own count over the whole optimizer step, all micro-batches of all ranks (`Totals`), so that cutting the
-same dialogues into other micro-batches changes nothing but rounding. CKA is the exception: it compares geometry within
-one micro-batch, and the step's value is the mean over micro-batches weighted by rows.
+same dialogues into other micro-batches changes nothing but rounding. CKA and the balance loss are no sums over tokens:
+a step of several micro-batches is read once before without gradient (`Distiller.survey`), for the experts' loads and
+the moments that CKA is a function of (`StepCka`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from litgpt.chat import Span
-from litgpt.cka import MINIMUM_ROWS, StreamingCKA, select_rows
+from litgpt.cka import MINIMUM_ROWS, StreamingCKA, cka_share, select_rows
 from litgpt.data import Batch
+from litgpt.generate import generate_batch
 from litgpt.losses import DistillTerms, Divergence, Head, TeacherTargets, cka_loss, distill_terms
 from litgpt.model import GPT, Output
 from litgpt.recipe import LossSettings
@@ -54,7 +56,7 @@ class ThoughtRows(nn.Module):
 
     The embedding itself stays frozen: no gradient, no weight decay and no Adam state ever touch its other rows, so they
     are bit-identical after training by construction. The rows take their place on the way in (a hook on the embedding)
-    and on the way out (`head`); `write_back` puts them where a checkpoint expects them.
+    and on the way out (`head`); `Distiller.student_state` puts them where a checkpoint expects them.
 
     Args:
         student: the model whose rows these are.
@@ -81,17 +83,10 @@ class ThoughtRows(nn.Module):
 
     @torch.no_grad()
     def write_back(self, student: GPT) -> None:
-        """Copy the rows into the model's own embedding and head."""
+        """Copy the rows into the model's own embedding and head, for whoever reads these without the hook."""
         student.transformer.wte.weight[list(self.ids)] = self.embedding
         if self.output is not None:
             student.lm_head.weight[list(self.ids)] = self.output
-
-    @torch.no_grad()
-    def read_from(self, student: GPT) -> None:
-        """Take the rows that the model's embedding and head have now."""
-        self.embedding.copy_(student.transformer.wte.weight[list(self.ids)])
-        if self.output is not None:
-            self.output.copy_(student.lm_head.weight[list(self.ids)])
 
 
 @dataclass
@@ -115,6 +110,50 @@ class Totals:
         return torch.tensor([self.ce, self.kd, self.cka, self.tokens], dtype=torch.float64)
 
 
+class StepCka:
+    """CKA of the chosen layers over all rows of an optimizer step, on all ranks: exact, value and gradient.
+
+    First `update` with each micro-batch, then `finish`, then ask for each micro-batch's `share`. Every rank does so
+    with equally many micro-batches. Beside a forward pass of student and base it costs, a layer: the memory of 3 D²
+    numbers in fp64 (25 MB for D = 1024), which are also added up over ranks, and 7 N D² multiplications in fp64.
+
+    Args:
+        sum_over_ranks: an all-reduce of one tensor.
+    """
+
+    def __init__(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        self._sum = sum_over_ranks
+        self._layers: dict[int, StreamingCKA] = {}
+        self._values: dict[int, float] = {}
+
+    def update(self, states: Mapping[int, Tensor], reference: Mapping[int, Tensor], keep_BT: Tensor) -> None:
+        """Add the kept tokens' hidden states [B, T, D] of both networks, by layer."""
+        for layer, states_BTD in states.items():
+            x_ND, y_NC = states_BTD[keep_BT], reference[layer][keep_BT]
+            if layer not in self._layers:
+                # Ranks can add up their moments only if they take them about the same point.
+                rows = torch.tensor([len(x_ND)], dtype=torch.float64, device=x_ND.device)
+                sums = self._sum(torch.cat((x_ND.double().sum(0), y_NC.double().sum(0), rows)))
+                means = sums[:-1] / sums[-1].clamp(min=1)
+                x_shift, y_shift = means.split((x_ND.shape[1], y_NC.shape[1]))
+                self._layers[layer] = StreamingCKA(shifts=(x_shift, y_shift))
+            self._layers[layer].update(x_ND, y_NC)
+
+    def finish(self) -> None:
+        """Add up over ranks. After this nothing more is added."""
+        for layer, streaming in self._layers.items():
+            streaming.reduce(self._sum)
+            self._values[layer] = streaming.result()
+
+    def share(self, states: Mapping[int, Tensor], reference: Mapping[int, Tensor], keep_BT: Tensor) -> Tensor:
+        """One micro-batch's part of the mean over layers of 1 - CKA, see `litgpt.cka.cka_share`."""
+        shares = [
+            cka_share(states[layer], reference[layer], keep_BT, streaming, self._values[layer])
+            for layer, streaming in self._layers.items()
+        ]
+        return torch.stack(shares).mean()
+
+
 # Not a dataclass: Fabric's precision plugin walks into those and would round the weights in here to bf16.
 class MicroBatch:
     """A batch with everything that the losses ask for, ready on the student's device.
@@ -131,6 +170,7 @@ class MicroBatch:
         reference: the base's hidden states by layer, once it has run.
         load_LE: tokens per layer and expert of the whole step, fp64, once they are known; `None` if this micro-batch
             is all of it.
+        step_cka: the whole step's CKA, once it is known; `None` if this micro-batch is all of it.
     """
 
     def __init__(self, batch: Batch, settings: LossSettings, view: TeacherView | None, device: torch.device) -> None:
@@ -147,8 +187,7 @@ class MicroBatch:
         self.counts = Totals(
             ce=float(weight_BT.double().sum()),
             kd=0.0 if self.teacher_batch is None else len(self.teacher_batch.student_at_M),
-            # Fewer rows have no unbiased CKA; such a micro-batch takes no part in the term.
-            cka=rows if (rows := int(cka_BT.sum())) >= MINIMUM_ROWS else 0,
+            cka=int(cka_BT.sum()),
             tokens=int(real_BT.sum()),
         )
         self.batch = batch.to(device)
@@ -160,6 +199,7 @@ class MicroBatch:
         self.teacher: TeacherTargets | None = None
         self.reference: dict[int, Tensor] = {}
         self.load_LE: Tensor | None = None
+        self.step_cka: StepCka | None = None
 
 
 class Reference:
@@ -255,15 +295,16 @@ class Distiller(nn.Module):
         """This micro-batch's share of the step's loss.
 
         Args:
-            micro: with the teacher's and the reference's side filled in where their weight is not 0, and the load of
-                the whole step where it is not all of it.
+            micro: with the teacher's and the reference's side filled in where their weight is not 0, and the load and
+                the CKA of the whole step where it is not all of it.
             totals: of the whole step.
             cka_weight: weight of 1 - CKA at this step.
 
         Returns:
             a scalar whose sum over the step's micro-batches is the step's loss, and its parts.
         """
-        with_cka = bool(micro.reference) and micro.counts.cka > 0
+        # Fewer rows in the whole step have no unbiased CKA.
+        with_cka = bool(micro.reference) and micro.counts.cka > 0 and totals.cka >= MINIMUM_ROWS
         weights = self.settings
         output, terms = self.terms(
             micro,
@@ -274,8 +315,8 @@ class Distiller(nn.Module):
         ce, kd = terms.ce / (totals.ce or 1.0), terms.kd / (totals.kd or 1.0)
         cka = ce.new_zeros(())
         if with_cka:
-            share = micro.counts.cka / totals.cka
-            cka = share * cka_loss(output.hidden_states, micro.reference, micro.cka_BT)
+            of_micro = cka_loss if micro.step_cka is None else micro.step_cka.share
+            cka = of_micro(output.hidden_states, micro.reference, micro.cka_BT).to(ce.dtype)
         own_LE = expert_counts(output.routing, micro.real_N)
         load_LE = own_LE if micro.load_LE is None else micro.load_LE
         balance = balance_loss(output.routing, micro.real_N, load_LE=load_LE, tokens=totals.tokens)
@@ -319,10 +360,37 @@ class Distiller(nn.Module):
         return output, terms
 
     @torch.no_grad()
-    def expert_load(self, batch: Batch, real_N: Tensor) -> Tensor:
-        """Tokens per layer and expert [L, E] of a batch, fp64, without any loss."""
-        output: Output = self.student(batch.ids_BT, documents_BT=batch.documents_BT, return_logits=False)
-        return expert_counts(output.routing, real_N)
+    def survey(self, batch: Batch, real_N: Tensor, layers: Iterable[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+        """Read a batch without any loss.
+
+        Returns:
+            tokens per layer and expert [L, E], fp64, and the hidden states [B, T, D] of the layers asked for.
+        """
+        output: Output = self.student(
+            batch.ids_BT, documents_BT=batch.documents_BT, layers=list(layers), return_logits=False
+        )
+        return expert_counts(output.routing, real_N), output.hidden_states
+
+    @torch.no_grad()
+    def replies(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
+        """Greedy continuations, see `litgpt.generate.generate_batch`."""
+        if self.rows is not None:
+            self.rows.write_back(self.student)
+        return generate_batch(self.student, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+
+    def student_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The student's part of this module's state, with the learnt rows in its embedding and head."""
+        student = {name.removeprefix("student."): x for name, x in state.items() if name.startswith("student.")}
+        embedding, head = "transformer.wte.weight", "lm_head.weight"
+        if self.rows is not None:
+            tied = "rows.output" not in state
+            for name, rows in ((embedding, "embedding"), (head, "embedding" if tied else "output")):
+                if name in student:
+                    student[name] = student[name].clone()
+                    student[name][list(self.rows.ids)] = state[f"rows.{rows}"].to(student[name])
+        return student
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +16,18 @@ from typing import Any, Literal
 import torch
 
 from litgpt.teacher import View
-from litgpt.utils import UserError
+from litgpt.tensorfile import LIT_FILE
+from litgpt.utils import UserError, sha256_file
 
 SpanName = Literal["prompt", "thought", "answer"]
 # Settings that change neither the weights nor the order of the data: a resumed run may have others.
 FREE_SETTINGS = {
-    *("out_dir", "resume", "overwrite", "run.log_every", "run.val_every", "run.save_every"),
+    *("out_dir", "resume", "overwrite", "run.log_every", "run.val_every", "run.save_every", "run.keep_checkpoints"),
+    *("run.time_limit", "run.on_nonfinite", "run.max_skips", "run.spike_factor", "run.samples", "run.wandb"),
     "optim.epochs",  # what counts is the number of steps that follows from it
 }
+# Where it runs: the result is the same but for rounding.
+PLACEMENT = {"run.strategy", "run.shard_size", "run.offload"}
 
 
 @dataclass
@@ -104,6 +109,8 @@ class OptimSettings:
     """Weight decay of routers and experts; the thought tokens' rows have none."""
     clip: float = 1.0
     """Largest norm of the whole gradient."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps AdamW's two averages in 8 bits, blockwise: a quarter of their memory (the extra optim8bit)."""
 
     def __post_init__(self) -> None:
         if self.accumulation < 1 or (self.steps is not None and self.steps < 1) or self.epochs <= 0:
@@ -121,13 +128,23 @@ class RunSettings:
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
     devices: int = 1
-    """Processes on this machine, each with a whole student and teacher."""
+    """Processes on this machine; under torchrun or fabric run as many as it started."""
     num_nodes: int = 1
-    """Machines."""
-    strategy: Literal["auto", "ddp"] = "auto"
-    """ddp averages gradients over processes; auto takes it when there are several."""
+    """Machines; under torchrun or fabric run as many as it started."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp: each process holds everything. fsdp: each holds a part of student, base and teacher and gathers one block
+    at a time. auto: ddp where there are several processes."""
+    shard_size: int | None = None
+    """With fsdp: processes over which one copy is spread, e.g. those of one machine (HSDP); by default all."""
+    offload: bool = False
+    """With fsdp on a GPU: weights, gradients and optimizer state live in the CPU's memory; the optimizer runs there."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    """auto: bf16-mixed on a GPU, 32-true on a CPU."""
+    """auto: bf16-mixed on a GPU, 32-true on a CPU. What trains is stored in fp32 either way."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How frozen weights of student and base are kept; bfloat16 needs bf16-mixed and checkpoints stored so, and changes
+    no result."""
+    compile: bool = False
+    """Compile the blocks of student, base and teacher with torch.compile: minutes at the start, faster steps."""
     activation_checkpointing: bool = False
     """Recompute each block in backward: less memory, about a third more student time."""
     log_every: int = 10
@@ -135,13 +152,50 @@ class RunSettings:
     val_every: int = 100
     """Optimizer steps between two validations; there is one at the start and one at the end in any case."""
     save_every: int = 200
-    """Optimizer steps between two checkpoints; the newest two are kept."""
+    """Optimizer steps between two checkpoints."""
+    keep_checkpoints: int = 2
+    """So many of the newest checkpoints stay."""
+    time_limit: str | int | None = None
+    """"HH:MM:SS" or seconds after which the run saves and ends with exit code 143; the same command goes on. Leave the
+    save its time. The same happens at SIGTERM."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite stops the run, or the step is left out. Its records go to events.jsonl."""
+    max_skips: int = 5
+    """So many steps in a row may be left out before the run stops."""
+    spike_factor: float = 10.0
+    """A loss so many median absolute deviations above the recent median goes to events.jsonl; nothing else happens."""
+    samples: int = 2
+    """Validation dialogues that the student answers at each validation, greedily, into samples.jsonl."""
+    wandb: bool = False
+    """Report to Weights & Biases, too (the extra logging)."""
 
     def __post_init__(self) -> None:
-        if min(self.devices, self.num_nodes, self.log_every, self.val_every, self.save_every) < 1:
-            raise UserError("run: devices, num_nodes, log_every, val_every and save_every must be at least 1")
+        positive = ("devices", "num_nodes", "log_every", "val_every", "save_every", "keep_checkpoints")
+        if min(getattr(self, name) for name in positive) < 1 or (self.shard_size or 1) < 1:
+            raise UserError(f"run: {', '.join(positive)} and shard_size must be at least 1")
+        if self.max_skips < 0 or self.samples < 0 or self.spike_factor <= 0:
+            raise UserError("run: expected max_skips and samples of 0 or more and spike_factor > 0")
+        if self.strategy != "fsdp" and (self.offload or self.shard_size is not None):
+            raise UserError("run: offload and shard_size go with run.strategy fsdp")
+        if self.frozen_dtype == "bfloat16" and self.precision == "32-true":
+            raise UserError("run.frozen_dtype bfloat16 goes with run.precision bf16-mixed")
+        seconds_of(self.time_limit)
         if self.accelerator == "cuda" and not torch.cuda.is_available():
             raise UserError("run.accelerator is cuda, and torch sees no GPU: use cpu or auto")
+
+
+def seconds_of(limit: str | int | None) -> float:
+    """Seconds of a time limit: a number of them, "HH:MM:SS" or "MM:SS"; infinite without one.
+
+    Raises:
+        UserError: neither.
+    """
+    if limit is None:
+        return math.inf
+    parts = str(limit).split(":")
+    if len(parts) > 3 or not all(part.isdecimal() for part in parts):
+        raise UserError(f'run.time_limit is {limit!r}: expected "HH:MM:SS" or a number of seconds')
+    return sum(int(part) * 60**power for power, part in enumerate(reversed(parts)))
 
 
 @dataclass
@@ -192,9 +246,15 @@ def lr_at(step: int, steps: int, optim: OptimSettings) -> float:
 
 
 def require_same(settings: Settings, saved: dict[str, Any]) -> None:
-    """Raise `UserError` if a setting that the result depends on differs from the checkpoint's."""
+    """Raise `UserError` if a setting that the result depends on differs from the checkpoint's.
+
+    The number of processes may differ if a step keeps its size: with half of them, twice the accumulation.
+    """
     now, then = dict(_dotted(settings.plain())), dict(_dotted(saved))
-    differing = [name for name in now if name not in FREE_SETTINGS and now[name] != then.get(name)]
+    free = FREE_SETTINGS | PLACEMENT
+    if micro_batches(settings.plain()) == micro_batches(saved):
+        free = free | {"optim.accumulation", "run.devices", "run.num_nodes"}
+    differing = [name for name in now if name not in free and now[name] != then.get(name)]
     if differing:
         name = differing[0]
         others = f" (and {len(differing) - 1} more settings)" if len(differing) > 1 else ""
@@ -202,3 +262,48 @@ def require_same(settings: Settings, saved: dict[str, Any]) -> None:
             f"{settings.out_dir} was started with {name} {then.get(name)!r}, now it is {now[name]!r}{others}: "
             "go on with the old settings, choose another --out_dir, or start anew with --overwrite true"
         )
+
+
+def digests(settings: Settings, *, teacher: bool) -> dict[str, str]:
+    """SHA-256 of the files that the result depends on, by setting; a teacher of 28 GB takes half a minute.
+
+    Args:
+        settings: where they are.
+        teacher: whether there is one.
+    """
+    files = {"data.train": settings.data.train, "data.val": settings.data.val}
+    models = {"student": settings.student, "base": settings.base} | ({"teacher": settings.teacher} if teacher else {})
+    files |= {name: path / LIT_FILE for name, path in models.items() if (path / LIT_FILE).is_file()}
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(files, pool.map(sha256_file, files.values()), strict=True))
+
+
+def require_same_files(out_dir: Path, digests: Mapping[str, str], saved: Mapping[str, str]) -> None:
+    """Raise `UserError` if a model or the validation data is not the one the checkpoint was trained with."""
+    for name, digest in digests.items():
+        if name in saved and saved[name] != digest:
+            raise UserError(
+                f"{out_dir} was started with other contents of {name} (SHA-256 {saved[name][:12]}..., now "
+                f"{digest[:12]}...): put the old ones back, choose another --out_dir, or start anew with --overwrite"
+            )
+
+
+def micro_batches(settings: Mapping[str, Any]) -> int:
+    """Micro-batches in one optimizer step on all processes, of plain settings."""
+    run = settings["run"]
+    return int(settings["optim"]["accumulation"] * run["devices"] * run["num_nodes"])
+
+
+def moved_loader(state: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """A data loader's state for another number of processes: what all of them had read stays read.
+
+    Raises:
+        UserError: the new processes would not all stand at the same micro-batch.
+    """
+    read = state["position"] * state["world_size"]
+    if read % world_size:
+        raise UserError(
+            f"the checkpoint stands after {read} micro-batches of an epoch, which {world_size} processes cannot share: "
+            f"go on with {state['world_size']} processes, or another number that divides {read}"
+        )
+    return state | {"position": read // world_size, "world_size": world_size}

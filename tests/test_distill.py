@@ -14,7 +14,7 @@ from litgpt.chat import Span
 from litgpt.checkpoint import load_model
 from litgpt.cka import linear_cka
 from litgpt.data import PackedLoader, read_records
-from litgpt.distill import Distiller, MicroBatch, Reference, Totals, cka_layers, evaluate
+from litgpt.distill import Distiller, MicroBatch, Reference, StepCka, Totals, cka_layers, evaluate
 from litgpt.recipe import LossSettings
 from litgpt.teacher import OnlineTeacher, TeacherView
 from litgpt.tokenizer import Tokenizer
@@ -51,14 +51,22 @@ class Step:
 
     def backward(self, cka_weight: float = 0.0) -> Tensor:
         """Sum of the terms [ce, kd, cka, balance] over the micro-batches, with gradients in the parameters."""
-        loads = torch.stack([self.distiller.expert_load(micro.batch, micro.real_N) for micro in self.micros]).sum(0)
+        several = len(self.micros) > 1
+        step_cka = StepCka(lambda tensor: tensor)
+        loads = []
+        for micro in self.micros:
+            load_LE, states = self.distiller.survey(micro.batch, micro.real_N, self.distiller.layers)
+            step_cka.update(states, self.reference.hidden_states(micro.batch), micro.cka_BT)
+            loads.append(load_LE)
+        step_cka.finish()
         sums = torch.zeros(4, dtype=torch.float64)
         for micro in self.micros:
             assert micro.teacher_batch is not None
             micro.teacher = self.teacher.targets(micro.teacher_batch, micro.targets_N.numel())
             if cka_weight:
                 micro.reference = self.reference.hidden_states(micro.batch)
-            micro.load_LE = loads
+            micro.load_LE = torch.stack(loads).sum(0)
+            micro.step_cka = step_cka if several else None
             loss, terms = self.distiller(micro, self.totals, cka_weight)
             loss.backward()
             sums += terms.terms
@@ -146,21 +154,36 @@ def test_cutting_the_step_otherwise_changes_nothing_but_rounding(world: World) -
             torch.testing.assert_close(gradient, whole.gradients()[name], rtol=1e-5, atol=1e-9)
 
 
-def test_cka_is_the_mean_over_micro_batches_weighted_by_rows(world: World) -> None:
-    step = Step(world, 1)
+def test_cka_of_a_step_is_that_of_all_its_rows_however_it_is_cut(world: World) -> None:
+    """Value and gradient against autograd through `linear_cka` of the rows put together."""
+    rows = len(Step(world, 1).micros)
+    sums, gradients = [], []
+    for size in (rows, 2, 1):
+        step = Step(world, size, task_weight=0.0, kd_weight=0.0, router_weight=0.0)
+        with torch.no_grad():
+            dict(step.distiller.named_parameters())[f"{FIRST}.experts.down_proj"][0].mul_(3)
+        assert len({int(micro.cka_BT.sum()) for micro in step.micros}) > 1 or size == rows
+        sums.append(float(step.backward(cka_weight=1.0)[2]))
+        gradients.append(step.gradients())
+    whole = Step(world, 1)
     with torch.no_grad():
-        dict(step.distiller.named_parameters())[f"{FIRST}.experts.down_proj"][0].mul_(3)
-    sums = step.backward(cka_weight=1.0)
-    values, rows = [], []
-    for micro in step.micros:
-        output, _ = step.distiller.terms(micro, layers=step.distiller.layers)
-        reference = step.reference.hidden_states(micro.batch)
-        ckas = [linear_cka(output.hidden_states[i][micro.cka_BT], x[micro.cka_BT]) for i, x in reference.items()]
-        values.append(1 - float(torch.stack(ckas).mean().detach()))
-        rows.append(int(micro.cka_BT.sum()))
-    assert len(set(rows)) > 1 and max(values) > 1e-4
-    weighted = sum(value * n for value, n in zip(values, rows, strict=True)) / sum(rows)
-    assert float(sums[2]) == pytest.approx(weighted, rel=1e-6)
+        dict(whole.distiller.named_parameters())[f"{FIRST}.experts.down_proj"][0].mul_(3)
+    x: dict[int, list[Tensor]] = {layer: [] for layer in whole.distiller.layers}
+    y: dict[int, list[Tensor]] = {layer: [] for layer in whole.distiller.layers}
+    for micro in whole.micros:
+        output, _ = whole.distiller.terms(micro, layers=whole.distiller.layers)
+        reference = whole.reference.hidden_states(micro.batch)
+        for layer in x:
+            x[layer].append(output.hidden_states[layer][micro.cka_BT])
+            y[layer].append(reference[layer][micro.cka_BT])
+    expected = torch.stack([1 - linear_cka(torch.cat(x[layer]), torch.cat(y[layer])) for layer in x]).mean()
+    expected.backward()
+    assert float(expected.detach()) > 1e-4
+    assert sums == pytest.approx([float(expected.detach())] * 3, rel=1e-9)
+    for found in gradients:
+        assert set(found) == set(whole.gradients())
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, whole.gradients()[name], rtol=1e-8, atol=1e-12)
 
 
 def test_a_micro_batch_of_padding_alone_has_a_gradient_of_zero(world: World) -> None:

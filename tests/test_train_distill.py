@@ -27,6 +27,7 @@ import train_distill
 from litgpt import rundir
 from litgpt.checkpoint import load_state, read_provenance
 from litgpt.data import PackedLoader
+from litgpt.finish import compare_frozen
 from litgpt.recipe import DataSettings, LossSettings, OptimSettings, RunSettings, Settings, lr_at
 from litgpt.routing import balance_loss
 from litgpt.tokenizer import Tokenizer
@@ -78,7 +79,8 @@ def trained(out_dir: Path) -> dict[str, Tensor]:
 
 def lines(out_dir: Path) -> list[dict[str, str]]:
     with (out_dir / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in csv.DictReader(file)]
+        timed = ("tokens_per_second", "eta_seconds")
+        return [{k: v for k, v in line.items() if k not in timed} for line in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_everything_the_next_rooms_need(world: World, finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        *("hyperparameters.yaml", "metrics.csv", "tensorboard", "report", "final"),
+        *("hyperparameters.yaml", "metrics.csv", "samples.jsonl", "tensorboard", "report", "final"),
         *(f"step-{step:06d}" for step in (STEPS - 2, STEPS - 1)),
     }
     report = json.loads((finished / "report" / "metrics.json").read_text(encoding="utf-8"))
@@ -443,13 +445,16 @@ def test_an_out_dir_that_is_a_file(world: World, tmp_path: Path, capsys: pytest.
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_a_cut_line_of_metrics_is_passed_over(world: World, tmp_path: Path) -> None:
-    trainer = make_trainer(world, tmp_path)
-    (tmp_path / "metrics.csv").write_text("loss,step\n1.5,1\n1.4,2\n1.")
-    trainer._keep_metrics_up_to(1)
-    trainer.fabric.loggers[0].finalize("success")
-    with (tmp_path / "metrics.csv").open() as file:
-        assert [line["step"] for line in csv.DictReader(file)] == ["1"]
+def test_logs_go_on_from_the_checkpoint_without_cut_lines(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("loss,step\n1.5,1\n1.4,2\n1.3,1")
+    (tmp_path / "samples.jsonl").write_text('{"step": 1, "reply": "a"}\n{"step": 2}\n{"step": 1')
+    rundir.keep_logs_up_to(tmp_path, 1)
+    assert (tmp_path / "metrics.csv").read_text() == "loss,step\n1.5,1\n"
+    assert (tmp_path / "samples.jsonl").read_text() == '{"step": 1, "reply": "a"}\n'
+    metrics = rundir.MetricsFile(tmp_path / "metrics.csv")
+    metrics.append(2, {"loss": 1.25})
+    metrics.append(2, {"val/cka_1": 0.5})
+    assert (tmp_path / "metrics.csv").read_text() == "loss,step,val/cka_1\n1.5,1,\n1.25,2,\n,2,0.5\n"
 
 
 def test_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -481,10 +486,10 @@ def test_a_changed_frozen_tensor_is_found() -> None:
     source = {"transformer.wte.weight": torch.zeros(4, 2), "a.attn.proj.weight": torch.zeros(2, 2)}
     state = {name: tensor.clone() for name, tensor in source.items()}
     state["transformer.wte.weight"][3] = 1
-    assert train_distill.compare_frozen(state, source, [3])["changed"] == []
-    assert train_distill.compare_frozen(state, source, [2])["changed"] == ["transformer.wte.weight"]
+    assert compare_frozen(state, source, [3])["changed"] == []
+    assert compare_frozen(state, source, [2])["changed"] == ["transformer.wte.weight"]
     state["a.attn.proj.weight"][0, 0] = -0.0
-    assert train_distill.compare_frozen(state, source, [3])["changed"] == ["a.attn.proj.weight"]
+    assert compare_frozen(state, source, [3])["changed"] == ["a.attn.proj.weight"]
 
 
 def test_a_base_that_nothing_names_must_be_given(world: World, tmp_path: Path) -> None:
