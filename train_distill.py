@@ -297,7 +297,8 @@ class Trainer:
         cka_weight = self._cka_weight()
         learning_rate = lr_at(self.step, self.steps, optim)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            # torchao keeps its rate as a tensor, which compiled code reads.
+            group["lr"] = group["lr"].fill_(learning_rate) if isinstance(group["lr"], Tensor) else learning_rate
         if len(micros) * fabric.world_size > 1:
             self._survey(micros, totals, cka_weight)
 

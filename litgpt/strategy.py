@@ -53,6 +53,8 @@ def on_this_machine(run: RunSettings) -> RunSettings:
     on_gpu = run.accelerator == "cuda" or (run.accelerator == "auto" and torch.cuda.is_available())
     if on_gpu and run.devices > torch.cuda.device_count():
         raise UserError(f"run.devices is {run.devices}, and this machine has {torch.cuda.device_count()} GPUs")
+    if run.compile and not on_gpu:
+        raise UserError("run.compile is for GPUs: leave it out here")
     if run.precision == "auto":
         run = replace(run, precision="bf16-mixed" if on_gpu else "32-true")
     return run
@@ -80,7 +82,8 @@ def make_fabric(run: RunSettings, out_dir: Path, first_step: int) -> Fabric:
         precision=cast(Any, run.precision),
         loggers=loggers,
     )
-    fabric.launch()
+    if os.environ.get("LT_CLI_USED") != "1":  # `fabric run` has done so
+        fabric.launch()
     return fabric
 
 
