@@ -32,8 +32,10 @@ from litgpt.cka import MINIMUM_ROWS
 from litgpt.config import Config
 from litgpt.data import PackedLoader, read_records
 from litgpt.distill import Distiller, MicroBatch, Reference, StepCka, Totals, evaluate
+from litgpt.flops import peak_flops, step_flops
 from litgpt.guards import STOPPED_EXIT_CODE, SpikeWatch, StopRequest
 from litgpt.losses import falling_weight
+from litgpt.memoryplan import Placement, device_memory, plan_memory
 from litgpt.model import GPT
 from litgpt.recipe import (
     DataSettings,
@@ -49,8 +51,10 @@ from litgpt.recipe import (
     require_same_files,
     seconds_of,
 )
+from litgpt.report import write_report
 from litgpt.samples import answer
-from litgpt.teacher import OnlineTeacher
+from litgpt.teacher import BaseTeacher, OnlineTeacher
+from litgpt.teachercache import open_teacher
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import USER_ERROR_EXIT_CODE, UserError, atomic_file, run_cli
 
@@ -76,7 +80,7 @@ def distill(
 
     Args:
         student: lit dir of the upcycled student.
-        teacher: lit dir of the teacher; its tokenizer must be the student's.
+        teacher: lit dir of the teacher, whose tokenizer must be the student's, or what scripts/cache_teacher.py wrote.
         base: lit dir of the dense model the student was made of; without it the one its provenance.yaml names.
         out_dir: run directory; final/ in it becomes the trained lit dir.
         data: dialogues and micro-batches.
@@ -133,10 +137,9 @@ class Trainer:
         self.tokenizer = Tokenizer(settings.student)
         self.config = Config.from_checkpoint(settings.student)
         records = {name: read_records(getattr(settings.data, name)) for name in ("train", "val")}
-        self.teacher: OnlineTeacher | None = None
+        self.teacher: BaseTeacher | None = None
         if settings.loss.kd_weight > 0:
-            require_lit_dir(settings.teacher)
-            self.teacher = OnlineTeacher(settings.teacher, self.tokenizer, view=settings.loss.teacher_view)
+            self.teacher = open_teacher(settings.teacher, self.tokenizer, view=settings.loss.teacher_view)
         self._check_lengths()
 
         settings.run = strategy.on_this_machine(settings.run)
@@ -169,6 +172,7 @@ class Trainer:
         )
         if checkpoint:
             require_same_files(settings.out_dir, self.digests, checkpoint["digests"])
+        self._print_plan()
         self._load_models()
         self.step = 0
         self.seconds = 0.0
@@ -188,6 +192,22 @@ class Trainer:
                     f"and the {name} reads at most {config.block_size} tokens"
                 )
 
+    def _print_plan(self) -> None:
+        """Say what the run needs of each device before anything large is read."""
+        if not self.fabric.is_global_zero:
+            return
+        settings, device = self.settings, self.fabric.device
+        plan = plan_memory(
+            self.config,
+            self.teacher.config if self.teacher else None,
+            Config.from_checkpoint(settings.base),
+            settings,
+            world_size=self.fabric.world_size,
+            device_bytes=device_memory(device),
+            placement=Placement.of(settings, self.teacher, on_gpu=device.type == "cuda"),
+        )
+        print(f"{plan.table()}\n{plan.verdict()}", flush=True)
+
     def _load_models(self) -> None:
         settings, run = self.settings, self.settings.run
         sharded = run.strategy == "fsdp"
@@ -203,10 +223,11 @@ class Trainer:
         self.reference = Reference(base, student, thought_ids, self.distiller.layers)
         frozen: list[GPT] = [base]
         if self.teacher:
-            self.teacher.load(
-                dtype=torch.float32 if self.fabric.device.type == "cpu" else torch.bfloat16, device=device
-            )
-            frozen += [self.teacher._model] if self.teacher._model else []
+            dtype = torch.float32 if self.fabric.device.type == "cpu" else torch.bfloat16
+            # Of a teacher that has run already no more than its head is read, which every process keeps.
+            online = isinstance(self.teacher, OnlineTeacher)
+            self.teacher.load(dtype=dtype, device=device if online else self.fabric.device)
+            frozen += [self.teacher.model] if self.teacher.model else []
         if run.frozen_dtype == "bfloat16":
             strategy.store_frozen(student, torch.bfloat16)
             strategy.store_frozen(base, torch.bfloat16)
@@ -241,7 +262,8 @@ class Trainer:
             self.before = self._validate()
         batches = self.loader.forever()
         begun = time.perf_counter() - self.seconds
-        tokens, busy, reported = 0.0, 0.0, 0
+        tokens, work, busy, reported = 0.0, 0.0, 0.0, 0
+        peak = peak_flops(torch.cuda.get_device_name()) if self.fabric.device.type == "cuda" else None
         bar = tqdm(
             total=self.steps,
             initial=self.step,
@@ -254,15 +276,18 @@ class Trainer:
             metrics = self._train_step(batches)
             self.step += 1
             tokens, busy = tokens + metrics["tokens"], busy + time.perf_counter() - started
+            work += self.work
             reported += 1
             bar.update()
             if self.step % run.log_every == 0 or self.step == self.steps:
                 metrics["tokens_per_second"] = tokens / busy
+                if peak:
+                    metrics["mfu"] = work / (busy * self.fabric.world_size * peak)
                 metrics["eta_seconds"] = (self.steps - self.step) * busy / reported
                 self._log(metrics)
                 shown = ("loss", "ce", "kd", "cka", "balance", "expert_max_over_mean", "tokens_per_second")
                 bar.set_postfix_str(" ".join(f"{name} {metrics[name]:.4g}" for name in shown))
-                tokens, busy, reported = 0.0, 0.0, 0
+                tokens, work, busy, reported = 0.0, 0.0, 0.0, 0
             self.seconds = time.perf_counter() - begun
             if self.step % run.val_every == 0 and self.step < self.steps:
                 self._validate()
@@ -295,6 +320,7 @@ class Trainer:
         counted = sum((micro.counts.as_tensor() for micro in micros), torch.zeros(4, dtype=torch.float64))
         totals = Totals(*self._sum_over_ranks(counted.to(fabric.device)).tolist())
         cka_weight = self._cka_weight()
+        self.work = self._flops(totals, cka_weight)
         learning_rate = lr_at(self.step, self.steps, optim)
         for group in self.optimizer.param_groups:
             # torchao keeps its rate as a tensor, which compiled code reads.
@@ -344,6 +370,18 @@ class Trainer:
             "expert_min_over_mean": float((step_load_LE.amin(1) / step_load_LE.mean(1)).min()),
             "tokens": totals.tokens,
         } | ({} if finite else {"skipped": 1.0})
+
+    def _flops(self, totals: Totals, cka_weight: float) -> float:
+        """What the step's model FLOPs are, for MFU; of a teacher that has run already there is its head at most."""
+        return step_flops(
+            self.config,
+            self.teacher.config if self.teacher and self.teacher.model else None,
+            self.reference.model.config if cka_weight > 0 else None,
+            self.settings,
+            tokens=totals.tokens,
+            kd_tokens=totals.kd,
+            world_size=self.fabric.world_size,
+        ).model
 
     def _cka_weight(self) -> float:
         loss = self.settings.loss
@@ -515,6 +553,7 @@ class Trainer:
                 "train_dialogues_too_long": self.loader.dropped,
                 "val_dialogues": len(self.val_loader.records),
                 "val_dialogues_too_long": self.val_loader.dropped,
+                "padding_share": round(self.loader.padding_share, 4),
             },
         }
         (state,) = strategy.full_states(self.distiller)
@@ -533,6 +572,7 @@ class Trainer:
         self._first_alone(write)
         for logger in self.fabric.loggers:
             logger.finalize("success")
+        self._first_alone(lambda: write_report(self.settings.out_dir))
 
     def _provenance(self) -> dict[str, Any]:
         return {
@@ -540,6 +580,7 @@ class Trainer:
             "world_size": self.fabric.world_size,
             "train_sha256": self.digests["data.train"],
             "val_sha256": self.digests["data.val"],
+            **{f"{name}_sha256": self.digests[name] for name in ("student", "base", "teacher") if name in self.digests},
         }
 
     def _write_hyperparameters(self) -> None:

@@ -27,7 +27,7 @@ from litgpt.losses import DistillTerms, Divergence, Head, TeacherTargets, cka_lo
 from litgpt.model import GPT, Output
 from litgpt.recipe import LossSettings
 from litgpt.routing import RouterStats, balance_loss, expert_counts
-from litgpt.teacher import OnlineTeacher, TeacherBatch, TeacherView
+from litgpt.teacher import BaseTeacher, TeacherBatch, TeacherView
 from litgpt.utils import UserError
 
 
@@ -335,7 +335,7 @@ class Distiller(nn.Module):
         micro: MicroBatch,
         *,
         layers: Iterable[int] = (),
-        temperature: float | None = None,
+        divergence: Divergence | None = None,
         ce_scale: float = 1.0,
         kd_scale: float = 1.0,
     ) -> tuple[Output, DistillTerms]:
@@ -354,7 +354,7 @@ class Distiller(nn.Module):
             kd_scale=kd_scale,
             teacher=micro.teacher,
             shared_vocab_size=self.shared_vocab_size,
-            divergence=Divergence(temperature=self.settings.temperature if temperature is None else temperature),
+            divergence=self.settings.divergence() if divergence is None else divergence,
             chunk_rows=self.settings.chunk_rows,
         )
         return output, terms
@@ -398,7 +398,7 @@ def evaluate(
     distiller: Distiller,
     batches: Iterable[Batch],
     *,
-    teacher: OnlineTeacher | None,
+    teacher: BaseTeacher | None,
     view: TeacherView | None,
     reference: Reference,
     device: torch.device,
@@ -434,7 +434,7 @@ def evaluate(
             micro.teacher = teacher.targets(micro.teacher_batch, micro.targets_N.numel())
         with autocast():
             reference_states = reference.hidden_states(micro.batch)
-            output, terms = distiller.terms(micro, layers=distiller.layers, temperature=1.0)
+            output, terms = distiller.terms(micro, layers=distiller.layers, divergence=Divergence())
         for column, span in enumerate((Span.ANSWER, Span.THOUGHT)):
             of_span_N = micro.target_spans_N == span
             sums[column] += terms.ce_N[of_span_N].double().sum().cpu()

@@ -12,7 +12,7 @@ from litgpt.checkpoint import load_model
 from litgpt.data import PackedLoader, Record
 from litgpt.distill import Distiller, MicroBatch, Reference, Totals
 from litgpt.recipe import Settings
-from litgpt.teacher import OnlineTeacher
+from litgpt.teacher import BaseTeacher
 from litgpt.tokenizer import Tokenizer
 
 
@@ -51,7 +51,7 @@ class FirstStep:
 
 
 def first_step(
-    settings: Settings, loader: PackedLoader, tokenizer: Tokenizer, teacher: OnlineTeacher | None
+    settings: Settings, loader: PackedLoader, tokenizer: Tokenizer, teacher: BaseTeacher | None
 ) -> FirstStep:
     """Load the models as a training does and take one step on the first micro-batch that holds a thought.
 

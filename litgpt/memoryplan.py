@@ -21,7 +21,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -30,7 +30,8 @@ from litgpt.config import Config
 from litgpt.distill import Distiller, cka_layers
 from litgpt.model import GPT
 from litgpt.recipe import LossSettings, Settings
-from litgpt.rundir import KEPT_CHECKPOINTS
+from litgpt.teacher import BaseTeacher
+from litgpt.teachercache import CachedTeacher
 
 Moment = Literal["teacher", "base", "cka", "loss", "first block", "last block", "update"]
 MOMENTS: tuple[Moment, ...] = ("teacher", "base", "cka", "loss", "first block", "last block", "update")
@@ -204,6 +205,19 @@ class Placement:
     teacher_mode: TeacherMode = "online"
     optimizer_8bit: bool = False
     scored_share: float = 1.0
+
+    @classmethod
+    def of(cls, settings: Settings, teacher: BaseTeacher | None = None, **more: Any) -> Placement:
+        """As the settings, and the kind of teacher, say it."""
+        mode: TeacherMode = "online"
+        if isinstance(teacher, CachedTeacher):
+            mode = "cached_hidden" if teacher.form.kind == "hidden" else "cached"
+        return cls(
+            sharded=settings.run.strategy == "fsdp",
+            optimizer_8bit=settings.optim.optimizer == "adamw8bit",
+            teacher_mode=mode,
+            **more,
+        )
 
 
 def plan_memory(
@@ -444,18 +458,19 @@ class DiskPlan:
     Attributes:
         checkpoint: one `step-NNNNNN`: the student in fp32 and the optimizer's states.
         checkpoints: how many lie side by side at most; while one is written the older ones are still there.
+        kept: how many of them stay.
         final: the trained lit dir, in the student's own dtype.
     """
 
     checkpoint: int
     checkpoints: int
+    kept: int
     final: int
 
     @property
     def total(self) -> int:
         """The most at one time: `final/` is written when no checkpoint is any more."""
-        kept = min(self.checkpoints, KEPT_CHECKPOINTS)
-        return max(self.checkpoints * self.checkpoint, kept * self.checkpoint + self.final)
+        return max(self.checkpoints * self.checkpoint, self.kept * self.checkpoint + self.final)
 
     def line(self) -> str:
         """One line for people."""
@@ -465,20 +480,23 @@ class DiskPlan:
         )
 
 
-def plan_disk(
-    student: Config, settings: Settings, *, steps: int, stored_bytes: int = 2, optimizer_8bit: bool = False
-) -> DiskPlan:
+def plan_disk(student: Config, settings: Settings, *, steps: int, stored_bytes: int = 2) -> DiskPlan:
     """What the run directory will hold.
 
     Args:
         student: its shape.
-        settings: `run.save_every` is read.
+        settings: `run.save_every`, `run.keep_checkpoints` and `optim.optimizer` are read.
         steps: optimizer steps in all.
         stored_bytes: of one parameter in the student's own file; 2 is bf16.
-        optimizer_8bit: as in `Placement`.
     """
     sizes = parameter_sizes(student)
-    state = 2 * sizes.trained * (1 if optimizer_8bit else FP32)
+    state = 2 * sizes.trained * (1 if settings.optim.optimizer == "adamw8bit" else FP32)
     written = (steps - 1) // settings.run.save_every
     parameters = dense_parameters(student)
-    return DiskPlan(parameters * FP32 + state, min(written, KEPT_CHECKPOINTS + 1), parameters * stored_bytes)
+    keep = settings.run.keep_checkpoints
+    return DiskPlan(
+        checkpoint=parameters * FP32 + state,
+        checkpoints=min(written, keep + 1),
+        kept=min(written, keep),
+        final=parameters * stored_bytes,
+    )

@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 import torch
 
+from litgpt.divergence import Divergence, KdKind
 from litgpt.teacher import View
+from litgpt.teachercache import CACHE_FILE
 from litgpt.tensorfile import LIT_FILE
 from litgpt.utils import UserError, sha256_file
 
@@ -39,11 +41,19 @@ class LossSettings:
     thought_weight: float = 0.5
     """Weight of a thought token within the cross-entropy; an answer token has 1."""
     kd_weight: float = 0.5
-    """Weight of KL(teacher || student) on the answer; 0 leaves the teacher unloaded."""
+    """Weight of the teacher's distribution on the answer; 0 leaves the teacher unloaded."""
+    kd_kind: KdKind = "forward"
+    """How student q is compared with teacher p: forward KL(p || q), reverse KL(q || p), jsd (generalised
+    Jensen-Shannon) or skew KL(p || alpha p + (1 - alpha) q). A cache of sampled or topk ids knows forward alone."""
+    kd_beta: float = 0.5
+    """Of jsd: 0 is forward, 1 is reverse."""
+    kd_alpha: float = 0.1
+    """Of skew: how much of the teacher is mixed into the student."""
     temperature: float = 1.0
     """Temperature of both distributions in KD; the term is multiplied by its square."""
     teacher_view: View = "strip"
-    """What the teacher reads: strip (no thought, its own empty think block) or mask (the student's ids)."""
+    """What the teacher reads: strip (no thought, its own empty think block), native (the thought in its own tags) or
+    mask (the student's ids)."""
     cka_weight: float = 0.05
     """Weight of 1 - CKA between student and dense base at the first step."""
     cka_weight_end: float = 0.0
@@ -67,6 +77,11 @@ class LossSettings:
             raise UserError(
                 "loss: expected temperature > 0, cka_every and chunk_rows of at least 1, and cka_fraction in 0 ... 1"
             )
+        self.divergence()
+
+    def divergence(self) -> Divergence:
+        """How student and teacher are compared."""
+        return Divergence(self.kd_kind, self.temperature, self.kd_beta, self.kd_alpha)
 
 
 @dataclass
@@ -273,7 +288,9 @@ def digests(settings: Settings, *, teacher: bool) -> dict[str, str]:
     """
     files = {"data.train": settings.data.train, "data.val": settings.data.val}
     models = {"student": settings.student, "base": settings.base} | ({"teacher": settings.teacher} if teacher else {})
-    files |= {name: path / LIT_FILE for name, path in models.items() if (path / LIT_FILE).is_file()}
+    # A teacher that has run already is known by the list of what it was made of.
+    found = [(name, path / file) for name, path in models.items() for file in (LIT_FILE, CACHE_FILE)]
+    files |= {name: path for name, path in found if path.is_file()}
     with ThreadPoolExecutor() as pool:
         return dict(zip(files, pool.map(sha256_file, files.values()), strict=True))
 

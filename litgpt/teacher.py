@@ -134,6 +134,7 @@ class BaseTeacher(ABC):
             neither padding rows nor the student's thought tokens enter.
         first_ids_V: for each of the student's ids the first teacher id it stands for: itself, as long as the student
             has no tokens beside the teacher's; -1 for the thought tokens. int64.
+        model: the network that runs beside the student, once it is loaded; a teacher that has run already has none.
 
     Raises:
         UserError: no such checkpoint, an unknown view, or an id that stands for different tokens.
@@ -147,6 +148,7 @@ class BaseTeacher(ABC):
         self.tokenizer = Tokenizer(text_dir)
         self.shared_vocab_size = shared_vocab_size(student, self.tokenizer)
         self.first_ids_V = _first_ids(student, self.tokenizer, self.shared_vocab_size)
+        self.model: GPT | None = None
         self._student = student
 
     @abstractmethod
@@ -220,20 +222,19 @@ class OnlineTeacher(BaseTeacher):
     def __init__(self, checkpoint_dir: str | os.PathLike[str], student: Tokenizer, *, view: View = "strip") -> None:
         self.checkpoint_dir = Path(checkpoint_dir)
         super().__init__(self.checkpoint_dir, student, view)
-        self._model: GPT | None = None
 
     def load(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         """Read the weights; they get no gradient."""
-        self._model = load_model(self.checkpoint_dir, dtype=dtype, device=device).requires_grad_(False)
+        self.model = load_model(self.checkpoint_dir, dtype=dtype, device=device).requires_grad_(False)
 
     @torch.no_grad()
     def targets(self, batch: TeacherBatch, student_tokens: int) -> Teacher:
         """Run the teacher over its side of a micro-batch: the hidden rows at the paired positions alone."""
-        if self._model is None:
+        if self.model is None:
             raise RuntimeError("the teacher's weights are not loaded: call load() first")
-        head_VC = self._model.lm_head.weight
+        head_VC = self.model.lm_head.weight
         device = head_VC.device
-        output = self._model(batch.ids_BS.to(device), documents_BT=batch.documents_BS.to(device), return_logits=False)
+        output = self.model(batch.ids_BS.to(device), documents_BT=batch.documents_BS.to(device), return_logits=False)
         hidden_MC = output.hidden.flatten(0, 1)[batch.teacher_at_M.to(device)]
         return Teacher(hidden_MC, head_VC, batch.rows(student_tokens, device))
 

@@ -30,7 +30,8 @@ from litgpt.keymap import layout
 from litgpt.maskview import Label, label, legend, paint, runs
 from litgpt.memoryplan import Placement, device_memory, plan_disk, plan_memory, size_text
 from litgpt.recipe import DataSettings, LossSettings, OptimSettings, RunSettings, Settings, lr_at
-from litgpt.teacher import OnlineTeacher
+from litgpt.teacher import BaseTeacher, OnlineTeacher
+from litgpt.teachercache import CACHE_FILE, TEXT_DIR, CachedTeacher, Manifest
 from litgpt.tensorfile import check_free_disk
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError, run_cli, sha256_file
@@ -126,7 +127,7 @@ class Preflight:
         self.stored_bytes = 2
         self.records: dict[str, list[Record]] = {}
         self.tokenizer: Tokenizer | None = None
-        self.teacher: OnlineTeacher | None = None
+        self.teacher: BaseTeacher | None = None
         self.loader: PackedLoader | None = None
         self.steps = settings.optim.steps
         self.on_gpu = gpu is not None or settings.run.accelerator == "cuda"
@@ -174,6 +175,13 @@ class Preflight:
             self.say("ok", f"out_dir: {settings.out_dir}, " + (f"goes on from {start.name}" if start else "a new run"))
 
     def _model(self, name: str, path: Path) -> None:
+        if name == "teacher" and (path / CACHE_FILE).is_file():
+            kept = Manifest.read(path)
+            self.configs[name] = config = Config.from_checkpoint(path / TEXT_DIR)
+            self.weights.add(name)
+            targets = f"{kept.form.kind} targets of {kept.rows} answer tokens of {kept.records} dialogues"
+            self.say("ok", f"{name}: {path}, {config.name} has run already: {targets}")
+            return
         if not (path / LIT_FILE).is_file() and (self.dry_run or (path / CONFIG_FILE).is_file()):
             self.configs[name] = config = _config_without_weights(path)
             how = CONFIG_FILE if (path / CONFIG_FILE).is_file() else "its name"
@@ -245,10 +253,12 @@ class Preflight:
             self.say(
                 "error", f"teacher: {teacher.padded_vocab_size} vocabulary rows, the student uses {student.vocab_size}"
             )
-        if self.tokenizer and "teacher" in self.configs and (self.settings.teacher / "tokenizer.json").is_file():
+        path = self.settings.teacher
+        cached = (path / CACHE_FILE).is_file()
+        if self.tokenizer and "teacher" in self.configs and (cached or (path / "tokenizer.json").is_file()):
             with self.fault("teacher's vocabulary"):
-                view = self.settings.loss.teacher_view
-                self.teacher = OnlineTeacher(self.settings.teacher, self.tokenizer, view=view)
+                kind = CachedTeacher if cached else OnlineTeacher
+                self.teacher = kind(path, self.tokenizer, view=self.settings.loss.teacher_view)
                 self.say(
                     "ok", f"vocabularies: {self.teacher.shared_vocab_size} ids are the same in both; KD compares these"
                 )
@@ -409,7 +419,7 @@ class Preflight:
                 settings,
                 world_size=self._world_size,
                 device_bytes=device_bytes,
-                placement=Placement(on_gpu=self.on_gpu, scored_share=self._scored_share()),
+                placement=Placement.of(settings, self.teacher, on_gpu=self.on_gpu, scored_share=self._scored_share()),
             )
             print(f"\n{plan.table()}\n")
             name = self.gpu or (torch.cuda.get_device_name() if self.on_gpu else "this machine")

@@ -246,8 +246,8 @@ def weights_and_states(trainer: Trainer) -> tuple[list[Tensor], list[Tensor]]:
     """All weights on the device, and Adam's states."""
     networks: list[nn.Module] = [trainer.distiller, trainer.reference.model]
     if trainer.teacher:
-        assert trainer.teacher._model is not None
-        networks.append(trainer.teacher._model)
+        assert trainer.teacher.model is not None
+        networks.append(trainer.teacher.model)
     weights: list[Tensor] = [p for network in networks for p in network.parameters()]
     return weights, [x for state in trainer.optimizer.state.values() for x in state.values() if x.ndim]
 
