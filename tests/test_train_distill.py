@@ -292,7 +292,7 @@ def fails(capsys: pytest.CaptureFixture[str], args: list[str]) -> str:
         ({"optim.accumulation": 0}, "optim: accumulation, steps and epochs must be positive"),
         ({"run.devices": 0}, "run: devices"),
         ({"resume": "nowhere"}, "nowhere holds no state.pth: --resume takes auto, none or a step-NNNNNN directory"),
-        ({"loss.teacher_view": "native"}, "loss.teacher_view"),
+        ({"loss.teacher_view": "whole"}, "loss.teacher_view"),
         ({"loss.unknown": 1}, "loss.unknown"),
     ],
 )
