@@ -130,6 +130,8 @@ class Trainer:
         data = settings.data
         for path in (settings.student, settings.base, settings.teacher, data.train, data.val):
             rundir.refuse_input(settings.out_dir, path)
+        if settings.optim.optimizer == "adamw8bit":
+            strategy.torchao_optimizers()
         self.stop = StopRequest(seconds_of(settings.run.time_limit))
         self.start, checkpoint = rundir.load_start(settings.out_dir, settings.resume, overwrite=settings.overwrite)
         require_lit_dir(settings.student, first="python scripts/upcycle_moe.py")

@@ -73,6 +73,7 @@ def save_checkpoint(out_dir: Path, step: int, state: dict[str, Any], *, keep: in
         UserError: the disk is full or will be; the older checkpoints are as they were.
     """
     path = out_dir / f"step-{step:06d}"
+    _prune(out_dir, keep)  # what kills have left: they may come between the rename and the deletion below
     check_free_disk(out_dir, _tensor_bytes(state) + _SPARE_BYTES)
     # Through a file object: given a path, torch hides a full disk behind an error of its own.
     with (
@@ -81,9 +82,13 @@ def save_checkpoint(out_dir: Path, step: int, state: dict[str, Any], *, keep: in
         open(temporary / STATE_FILE, "wb") as file,
     ):
         torch.save(state, file)
+    _prune(out_dir, keep)
+    return path
+
+
+def _prune(out_dir: Path, keep: int) -> None:
     for old in checkpoints(out_dir)[:-keep]:
         shutil.rmtree(old)
-    return path
 
 
 def _tensor_bytes(state: Any) -> int:
@@ -133,6 +138,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 _SIGNS_OF_DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
+    OSError,
     struct.error,
     pickle.UnpicklingError,
     EOFError,

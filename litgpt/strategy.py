@@ -192,6 +192,21 @@ def store_frozen(module: nn.Module, dtype: torch.dtype) -> None:
             owner.register_forward_hook(lambda _module, _ids, x_BTD: x_BTD.float(), prepend=True)
 
 
+def torchao_optimizers() -> Any:
+    """torchao.optim; importing it also lets `torch.load` read the states of its optimizers.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import torchao.optim
+    except ImportError:
+        raise UserError(
+            'optim.optimizer adamw8bit needs torchao: pip install "distilled-qwen3-moe[optim8bit]"'
+        ) from None
+    return torchao.optim
+
+
 def make_optimizer(
     module: nn.Module, no_decay: Collection[nn.Parameter], optim: OptimSettings
 ) -> torch.optim.Optimizer:
@@ -208,13 +223,7 @@ def make_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     if optim.optimizer == "adamw8bit":
-        try:
-            from torchao.optim import AdamW8bit
-        except ImportError:
-            raise UserError(
-                'optim.optimizer adamw8bit needs torchao: pip install "distilled-qwen3-moe[optim8bit]"'
-            ) from None
-        optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=optim.lr, betas=optim.betas)
+        optimizer: torch.optim.Optimizer = torchao_optimizers().AdamW8bit(groups, lr=optim.lr, betas=optim.betas)
         return optimizer
     on_gpu = trained[0].device.type == "cuda"
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=on_gpu)

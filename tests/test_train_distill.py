@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,14 @@ from torch import Tensor
 import litgpt.distill
 import train_distill
 from litgpt import rundir
-from litgpt.checkpoint import load_state, read_provenance
-from litgpt.data import PackedLoader
+from litgpt.chat import render
+from litgpt.checkpoint import load_model, load_state, read_provenance, save_lit_dir
+from litgpt.config import Config
+from litgpt.data import PackedLoader, read_records
 from litgpt.finish import compare_frozen
-from litgpt.recipe import DataSettings, LossSettings, OptimSettings, RunSettings, Settings, lr_at
+from litgpt.generate import generate
+from litgpt.guards import SpikeWatch
+from litgpt.recipe import DataSettings, LossSettings, OptimSettings, RunSettings, Settings, lr_at, seconds_of
 from litgpt.routing import balance_loss
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError, run_cli
@@ -61,6 +67,7 @@ def flags(world: World, out_dir: Path, **changes: Any) -> list[str]:
         "run.log_every": 1,
         "run.val_every": 3,
         "run.save_every": 1,
+        "run.samples": 1,
     }
     return [f"--{name}={value}" for name, value in (settings | changes).items() if value is not None]
 
@@ -183,7 +190,7 @@ def make_trainer(world: World, out_dir: Path, **changes: Any) -> Trainer:
         data=DataSettings(world.train, world.val, max_seq_length=320, micro_batch_size=1),
         loss=LossSettings(),
         optim=OptimSettings(steps=2, accumulation=2),
-        run=RunSettings(accelerator="cpu"),
+        run=RunSettings(accelerator="cpu", samples=0),
         resume="auto",
         overwrite=False,
         seed=1,
@@ -294,6 +301,10 @@ def fails(capsys: pytest.CaptureFixture[str], args: list[str]) -> str:
         ({"resume": "nowhere"}, "nowhere holds no state.pth: --resume takes auto, none or a step-NNNNNN directory"),
         ({"loss.teacher_view": "whole"}, "loss.teacher_view"),
         ({"loss.unknown": 1}, "loss.unknown"),
+        ({"run.offload": True}, "run: offload and shard_size go with run.strategy fsdp"),
+        ({"run.time_limit": "soon"}, "run.time_limit is 'soon'"),
+        ({"run.compile": True}, "run.compile is for GPUs"),
+        ({"run.frozen_dtype": "bfloat16"}, "run.frozen_dtype bfloat16 goes with run.precision bf16-mixed"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -367,6 +378,179 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_records(
     assert "step 2: the loss is no longer finite" in complaint
     assert "train-" in complaint
     assert [path.name for path in rundir.checkpoints(tmp_path / "out")] == ["step-000001"]
+
+
+def poison(trainer: Trainer, steps: Sequence[int]) -> None:
+    """Make the loss NaN in the first micro-batch of these steps (from 0)."""
+    forward, calls = trainer.distiller.forward, itertools.count()
+
+    def poisoned(micro: Any, totals: Any, cka_weight: float) -> Any:
+        step, number = divmod(next(calls), trainer.settings.optim.accumulation)
+        loss, terms = forward(micro, totals, cka_weight)
+        return (loss * math.nan if step in steps and number == 0 else loss), terms
+
+    trainer.distiller.forward = poisoned  # type: ignore[method-assign]
+
+
+def test_steps_that_are_not_finite_are_left_out_if_told_so(world: World, tmp_path: Path) -> None:
+    trainer = make_trainer(world, tmp_path, run__on_nonfinite="skip", run__max_skips=2)
+    poison(trainer, [1, 3, 4, 5])
+    batches = trainer.loader.forever()
+    trainer._prepare_directory()
+    trainer._train_step(batches)
+    before = [p.detach().clone() for p in trainer.distiller.parameters()]
+    trainer.step = 1
+    first_of_step = trainer.loader.position
+    assert trainer._train_step(batches)["skipped"] == 1
+    assert all(torch.equal(p, q) for p, q in zip(trainer.distiller.parameters(), before, strict=True))
+    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    row = trainer.loader._batch(first_of_step).records
+    assert event == {
+        "step": 2,
+        "event": "nonfinite",
+        "where": "loss",
+        "records": [trainer.loader.records[i].id for of_row in row for i in of_row],
+    }
+    trainer.step = 2
+    assert "skipped" not in trainer._train_step(batches)
+    assert not all(torch.equal(p, q) for p, q in zip(trainer.distiller.parameters(), before, strict=True))
+    for trainer.step in (3, 4):
+        trainer._train_step(batches)
+    trainer.step = 5
+    with pytest.raises(UserError, match="step 6: the loss is no longer finite, 3 times in a row"):
+        trainer._train_step(batches)
+
+
+def test_gradient_norms_by_group_make_up_the_whole_and_are_clipped(world: World, tmp_path: Path) -> None:
+    trainer = make_trainer(world, tmp_path, optim__clip=1e-3)
+    clipped: list[Tensor] = []
+    trainer.optimizer.step = lambda: clipped.extend(  # type: ignore[method-assign, assignment, return-value]
+        p.grad.clone() for p in trainer.distiller.parameters() if p.grad is not None
+    )
+    metrics = trainer._train_step(trainer.loader.forever())
+    groups = [metrics[f"grad_norm_{name}"] for name in ("experts", "routers", "thought_rows")]
+    assert min(groups) > 0 and metrics["grad_norm"] == pytest.approx(math.hypot(*groups))
+    assert float(torch.cat([g.flatten() for g in clipped]).norm()) == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_a_spike_is_told_from_a_loss_that_wanders() -> None:
+    watch = SpikeWatch(10.0)
+    assert [watch.see(2 + 0.01 * (i % 5)) for i in range(40)] == [None] * 40
+    threshold = watch.see(2.5)
+    assert threshold is not None and 2.0 < threshold < 2.5
+    other = SpikeWatch(10.0)
+    other.load_state_dict(watch.state_dict())
+    assert other.threshold() == watch.threshold()
+
+
+def test_a_spike_is_noted_with_its_records(world: World, tmp_path: Path) -> None:
+    trainer = make_trainer(world, tmp_path)
+    trainer._prepare_directory()
+    trainer.spikes.recent.extend([0.1, 0.11] * 10)
+    metrics = trainer._train_step(trainer.loader.forever())
+    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert event["event"] == "spike" and event["loss"] == metrics["loss"] > event["threshold"]
+    assert event["records"] and set(event["records"]) <= {record.id for record in trainer.loader.records}
+
+
+def test_no_checkpoint_is_begun_without_room_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rundir.save_checkpoint(tmp_path, 1, {"step": 1})
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=17 << 20))
+    rundir.save_checkpoint(tmp_path, 2, {"x": torch.zeros(1 << 10)})
+    with pytest.raises(UserError, match=r"needs 0.02 GB of disk and 0.02 GB are free"):
+        rundir.save_checkpoint(tmp_path, 3, {"x": torch.zeros(1 << 19), "same": 0})
+    assert [path.name for path in rundir.checkpoints(tmp_path)] == ["step-000001", "step-000002"]
+
+
+def test_other_files_under_the_same_names_are_refused(
+    world: World, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out_dir = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(out_dir / "final")
+    kept = world.val.read_text(encoding="utf-8")
+    world.val.write_text(kept.replace("val-1", "val-9"), encoding="utf-8")
+    try:
+        assert "was started with other contents of data.val" in fails(capsys, flags(world, out_dir))
+    finally:
+        world.val.write_text(kept, encoding="utf-8")
+
+
+def test_what_is_validated_last_is_what_is_stored(world: World, tmp_path: Path) -> None:
+    """A student stored in bf16: the report's `after` is that of final/, loaded anew."""
+    half = World(
+        *(shutil.copytree(path, tmp_path / path.name) for path in (world.base, world.teacher, world.student)),
+        world.train,
+        world.val,
+    )
+    for path in (half.base, half.student):
+        state = {name: tensor.bfloat16() for name, tensor in load_state(path).items()}
+        save_lit_dir(path, state, Config.from_checkpoint(path), source_dir=path, provenance=read_provenance(path))
+    trainer = make_trainer(half, tmp_path / "run", optim__lr=0.05, run__frozen_dtype="float32")
+    trainer.run()
+    report = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text(encoding="utf-8"))
+    assert report["frozen"]["changed"] == []
+    stored = load_state(tmp_path / "run" / "final")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    again = make_trainer(replace(half, student=tmp_path / "run" / "final"), tmp_path / "again")
+    assert again._validate()["answer_ce"] == pytest.approx(report["after"]["answer_ce"], rel=1e-6)
+
+
+def test_frozen_weights_in_bf16_change_no_result(world: World, tmp_path: Path) -> None:
+    half = World(
+        *(shutil.copytree(path, tmp_path / path.name) for path in (world.base, world.teacher, world.student)),
+        world.train,
+        world.val,
+    )
+    for path in (half.base, half.student):
+        state = {name: tensor.bfloat16() for name, tensor in load_state(path).items()}
+        save_lit_dir(path, state, Config.from_checkpoint(path), source_dir=path, provenance=read_provenance(path))
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        trainer = make_trainer(half, tmp_path / dtype, run__precision="bf16-mixed", run__frozen_dtype=dtype)
+        metrics = trainer._train_step(trainer.loader.forever())
+        found.append((metrics, [p.detach() for p in trainer.distiller.parameters() if p.requires_grad]))
+    (metrics, trained), (of_half, half_trained) = found
+    assert metrics == of_half
+    assert all(torch.equal(p, q) for p, q in zip(trained, half_trained, strict=True))
+    assert trainer.distiller.student.transformer.wte.weight.dtype == torch.bfloat16
+    assert trainer.distiller.student.lm_head.weight is trainer.distiller.student.transformer.wte.weight
+    with pytest.raises(UserError, match=r"has more digits than torch.bfloat16 holds"):
+        make_trainer(world, tmp_path / "no", run__precision="bf16-mixed", run__frozen_dtype="bfloat16")
+
+
+def test_samples_are_the_student_s_greedy_answers(world: World, finished: Path) -> None:
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(sample["step"], sample["id"]) for sample in samples] == [(step, "val-0") for step in (0, 3, STEPS)]
+    tokenizer, record = Tokenizer(world.student), read_records(world.val)[0]
+    prompt = render(
+        record.messages[:-1], tokenizer, add_generation_prompt=True, thinking="thought" in record.messages[-1]
+    )
+    end = tokenizer.token_to_id("<|im_end|>")
+    ids = list(generate(load_model(finished / "final"), prompt.ids, max_new_tokens=256, stop_ids=[end]))
+    assert samples[-1]["reply"] == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"), [("03:55:00", 14100), ("0:30", 30), (90, 90), ("90", 90), (None, math.inf)]
+)
+def test_time_limits(limit: str | int | None, seconds: float) -> None:
+    assert seconds_of(limit) == seconds
+
+
+def test_wandb_that_is_missing_is_one_line(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "run.wandb needs the package wandb" in fails(capsys, flags(world, tmp_path / "out", **{"run.wandb": True}))
+
+
+def test_eight_bit_averages(world: World, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    trainer = make_trainer(world, tmp_path, optim__optimizer="adamw8bit")
+    state = trainer.optimizer.state
+    assert type(trainer.optimizer).__module__.startswith("torchao") and not state
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.1, 0.0]
 
 
 def test_a_save_that_fails_leaves_the_older_checkpoint(tmp_path: Path) -> None:
