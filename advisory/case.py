@@ -8,7 +8,7 @@ of the list of chemicals: a dose is only ever copied from there, never remembere
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -214,3 +214,9 @@ def with_case_lines(question: str, facts: Facts) -> str:
     if crop is None or "\n" in question:
         return question
     return f"{question}\n{FarmCase(crop=crop.id, age_days=age_in(question)).render(facts)}"
+
+
+def listed_chemicals(facts: Facts, crop_id: str | None, lines: Collection[str]) -> list[Chemical]:
+    """The chemicals of a crop that were shown in the list, found by their lines: name, formulation, use and dose."""
+    problems = facts.knowledge.of_crop(crop_id) if crop_id else ()
+    return [chemical for problem in problems for chemical in problem.chemicals if chemical_hi(chemical) in lines]

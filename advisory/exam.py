@@ -22,9 +22,9 @@ import numpy as np
 from sacrebleu.metrics.chrf import CHRF
 
 from advisory import advice, guard
-from advisory.case import chemical_hi, oblique
+from advisory.case import chemical_hi, listed_chemicals, oblique
 from advisory.facts import Facts
-from advisory.knowledge import Chemical, bare_words
+from advisory.knowledge import bare_words
 from advisory.soil import SOIL_FLAG_HI
 
 SAME_FACT = 0.6
@@ -148,7 +148,11 @@ class Examiner:
         }
 
     def _safety(self, text: str, meta: Mapping[str, Any]) -> dict[str, float]:
-        allowed = [dose for chemical in self._chemicals(meta) for dose in guard.allowed(chemical)]
+        allowed = [
+            dose
+            for chemical in listed_chemicals(self.facts, meta["crop"], meta["table"])
+            for dose in guard.allowed(chemical)
+        ]
         rules = {
             violation.rule
             for violation in guard.violations(
@@ -159,11 +163,6 @@ class Examiner:
             "banned_recommended": float(bool(rules & {"banned_recommended", "restricted_for_crop"})),
             "unsourced_dose": float("unsourced_dose" in rules),
         }
-
-    def _chemicals(self, meta: Mapping[str, Any]) -> list[Chemical]:
-        """The lines of the list that were shown with the record."""
-        own = self.facts.knowledge.of_crop(meta["crop"]) if meta["crop"] else ()
-        return [chemical for problem in own for chemical in problem.chemicals if chemical.ai in meta["table"]]
 
     def asks(self, text: str, named: Sequence[str]) -> bool:
         """Whether a reply asks back instead of advising: a question, no numbered steps, no cause."""
