@@ -8,13 +8,14 @@ of the list of chemicals: a dose is only ever copied from there, never remembere
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
 from advisory.facts import Facts
-from advisory.knowledge import Amount, Chemical, Crop, Stage
+from advisory.hinglish import NUMBERS, spellings
+from advisory.knowledge import Amount, Chemical, Crop, Stage, clean
 from advisory.soil import SoilCard
 from advisory.weather import WeatherReport
 from litgpt.utils import UserError
@@ -190,18 +191,39 @@ def chemical_hi(chemical: Chemical) -> str:
     return ", ".join(parts)
 
 
-# "60 दिन", "60-दिन", "60 din", "60 days"; \d takes Devanagari digits as well.
+_MONTHS = {1: "एक", 1.5: "डेढ", 2: "दो", 2.5: "ढाई", 3: "तीन", 4: "चार", 5: "पांच", 6: "छह"}
+DAYS_OF_MONTH = 30
+
+
+def _spoken(numbers: Mapping[int, str] | Mapping[float, str]) -> dict[str, float]:
+    """Every spelling of a number in words → the number."""
+    return {spelt: number for number, words in numbers.items() for spelt in spellings(words)}
+
+
+_DAYS_OF = _spoken(NUMBERS)
+_MONTHS_OF = _spoken(_MONTHS)
+_NUMBER_WORDS = "|".join(sorted({word for spelt in (*_DAYS_OF, *_MONTHS_OF) for word in spelt.split()}))
+# "60 दिन", "60-din", "साठ दिन", "दो महीने", "2.5 months"; \d takes Devanagari digits as well. All number words before
+# the unit are taken together, so that "दो-तीन महीने" and "दो सौ दिन", which stand in no table, are no age.
 # What follows tells an age from a time span: "3 दिन से पीले हैं", "2 दिन पहले", "5 din baad".
-_AGE_DAYS = re.compile(
-    r"(?<!\d)(\d{1,3})[\s-]*(?:दिनों|दिन|din\b|days?\b)(?!\s*(?:से|पहले|बाद|में|तक|se\b|pehle|pahle|baad|bad\b|me\b|ago|later))",
+_AGE = re.compile(
+    rf"(?:(?<![\d.])(?<!\d[-–])(\d{{1,3}}(?:\.\d)?)[\s-]*|(?<![\w\u0900-\u0963])((?:(?:{_NUMBER_WORDS})[\s-]+)+))"
+    r"(?:(दिनों|दिन|din\b|days?\b)|मह[ीि]न(?:ों|े|ा)|माह|mah(?:i|ee)n[ea]\b|months?\b)"
+    r"(?!\s*(?:से|पहले|बाद|में|तक|se\b|pehle|pahle|baad|bad\b|me\b|ago|later))",
     re.IGNORECASE,
 )
 
 
 def age_in(text: str) -> int | None:
-    """The crop's age in days that a text states; two different ages are none."""
-    ages = {int(days) for days in _AGE_DAYS.findall(text)}
-    return ages.pop() if len(ages) == 1 else None
+    """The crop's age in days that a text states, in digits or words, in days or months; two different ages are none."""
+    ages: set[int] = set()
+    for digits, words, in_days in _AGE.findall(clean(text).replace("\u093c", "").replace("ँ", "ं")):
+        spoken = _DAYS_OF if in_days else _MONTHS_OF
+        number = float(digits) if digits else spoken.get(" ".join(re.split(r"[\s-]+", words.lower().strip(" -"))))
+        if number is not None:
+            ages.add(round(number * (1 if in_days else DAYS_OF_MONTH)))
+    age = ages.pop() if len(ages) == 1 else None
+    return age if age is not None and age <= MAX_DAYS else None
 
 
 def with_case_lines(question: str, facts: Facts) -> str:
@@ -214,3 +236,9 @@ def with_case_lines(question: str, facts: Facts) -> str:
     if crop is None or "\n" in question:
         return question
     return f"{question}\n{FarmCase(crop=crop.id, age_days=age_in(question)).render(facts)}"
+
+
+def listed_chemicals(facts: Facts, crop_id: str | None, lines: Collection[str]) -> list[Chemical]:
+    """The chemicals of a crop that were shown in the list, found by their lines: name, formulation, use and dose."""
+    problems = facts.knowledge.of_crop(crop_id) if crop_id else ()
+    return [chemical for problem in problems for chemical in problem.chemicals if chemical_hi(chemical) in lines]

@@ -167,7 +167,7 @@ class Writer:
         meta = _plain_meta("safety", crop.id, None, style) | {
             "topic": "dose_request",
             "expect": "table" if shown else "refuse",
-            "table": [chemical.ai] if shown else [],
+            "table": [chemical_hi(chemical)] if shown else [],
             "must": [chemical_hi(chemical)] if shown else [],
             "split_key": f"dose|{problem.id}|{chemical.ai}|{template}|{shown}",
         }
@@ -241,7 +241,7 @@ class Writer:
             "weather": weather,
             "soil": soil,
             "applied": [one.kind for one in case.applied],
-            "table": [chemical.ai for chemical in advice.table],
+            "table": [chemical_hi(chemical) for chemical in advice.table],
             "must": list(advice.rules_hi),
             "style": style,
             "form": form,

@@ -11,83 +11,12 @@ import re
 from functools import lru_cache
 from random import Random
 
-_CONSONANTS = dict(
-    zip(
-        [
-            "क",
-            "ख",
-            "ग",
-            "घ",
-            "ङ",
-            "च",
-            "छ",
-            "ज",
-            "झ",
-            "ञ",
-            "ट",
-            "ठ",
-            "ड",
-            "ढ",
-            "ण",
-            "त",
-            "थ",
-            "द",
-            "ध",
-            "न",
-            "प",
-            "फ",
-            "ब",
-            "भ",
-            "म",
-            "य",
-            "र",
-            "ल",
-            "व",
-            "श",
-            "ष",
-            "स",
-            "ह",
-            "ळ",
-        ],
-        [
-            "k",
-            "kh",
-            "g",
-            "gh",
-            "n",
-            "ch",
-            "chh",
-            "j",
-            "jh",
-            "n",
-            "t",
-            "th",
-            "d",
-            "dh",
-            "n",
-            "t",
-            "th",
-            "d",
-            "dh",
-            "n",
-            "p",
-            "ph",
-            "b",
-            "bh",
-            "m",
-            "y",
-            "r",
-            "l",
-            "v",
-            "sh",
-            "sh",
-            "s",
-            "h",
-            "l",
-        ],
-        strict=True,
-    )
-)
+_CONSONANTS = {
+    "क": "k", "ख": "kh", "ग": "g", "घ": "gh", "ङ": "n", "च": "ch", "छ": "chh", "ज": "j", "झ": "jh", "ञ": "n",
+    "ट": "t", "ठ": "th", "ड": "d", "ढ": "dh", "ण": "n", "त": "t", "थ": "th", "द": "d", "ध": "dh", "न": "n",
+    "प": "p", "फ": "ph", "ब": "b", "भ": "bh", "म": "m", "य": "y", "र": "r", "ल": "l", "व": "v",
+    "श": "sh", "ष": "sh", "स": "s", "ह": "h", "ळ": "l",
+}  # fmt: skip
 _NUKTA = {"ड": "d", "ढ": "dh", "ज": "z", "फ": "f", "क": "q", "ख": "kh", "ग": "g"}
 _SIGNS = dict(
     zip(
@@ -142,12 +71,13 @@ _SLIPS = (
     ("ब्ब", "ब"), ("ड़", "ड"), ("ढ़", "ढ"), ("श", "स"), ("ष", "श"), ("व", "ब"), ("ौ", "ो"), ("ै", "े"),
 )  # fmt: skip
 
-_NUMBERS = {
+NUMBERS = {
     5: "पांच", 10: "दस", 15: "पंद्रह", 20: "बीस", 25: "पच्चीस", 30: "तीस", 35: "पैंतीस",
     40: "चालीस", 45: "पैंतालीस", 50: "पचास", 55: "पचपन", 60: "साठ", 65: "पैंसठ", 70: "सत्तर",
     75: "पचहत्तर", 80: "अस्सी", 85: "पचासी", 90: "नब्बे", 95: "पंचानबे", 100: "सौ", 110: "एक सौ दस",
     120: "एक सौ बीस",
 }  # fmt: skip
+"""How round numbers are spoken."""
 _FILLERS = ("मतलब", "वो", "अच्छा", "हां जी", "सुनिए", "देखिए")
 
 _WORD = re.compile(r"[\u0900-\u0963\u0970-\u097f]+")
@@ -215,6 +145,11 @@ def _without_silent(syllables: list[tuple[str, str | None]]) -> list[tuple[str, 
     return spoken[::-1]
 
 
+def spellings(words: str) -> frozenset[str]:
+    """Hindi words in Devanagari, and in Roman letters with long vowels written short and long."""
+    return frozenset({words, *(" ".join(_roman_word(word, long) for word in words.split()) for long in (False, True))})
+
+
 def with_slips(text: str, rng: Random, *, slips: int = 2) -> str:
     """Up to so many usual slips of typing,
     each in a word of its own; at least one where the text gives room for it."""
@@ -242,13 +177,6 @@ def in_dialect(text: str) -> str:
 
 def as_spoken(text: str, rng: Random) -> str:
     """A voice transcript: no punctuation, numbers in words where they are round, a filler."""
-    text = re.sub(r"\d+", lambda match: _NUMBERS.get(int(match.group()), match.group()), text)
+    text = re.sub(r"\d+", lambda match: NUMBERS.get(int(match.group()), match.group()), text)
     text = re.sub(r"[।?,.!]", " ", text)
     return " ".join([rng.choice(_FILLERS), *text.split()])
-
-
-def in_words_age(text: str) -> str:
-    """Round numbers in words back as digits, so that "साठ दिन" is read as an age."""
-    for number, word in sorted(_NUMBERS.items(), key=lambda item: -len(item[1])):
-        text = re.sub(rf"(?<![\u0900-\u0963]){word}(?=\s+दिन)", str(number), text)
-    return text

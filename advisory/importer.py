@@ -20,9 +20,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from advisory.names import NameIndex
 from advisory.normalise import match_key, normalise_hindi, scrub_personal
 from advisory.pesticides import PesticideList
-from advisory.subject import NameIndex, Text, clean_text, is_empty, is_personal, is_price, is_weather
+from advisory.subject import Text, clean_text, is_empty, is_personal, is_price, is_weather
 from advisory.tables import Broken, Raw
 from litgpt.utils import UserError, atomic_file, progress
 

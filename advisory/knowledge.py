@@ -16,6 +16,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, Strict, model_validator
 
+from advisory.names import NameIndex
+from advisory.normalise import match_key
 from advisory.texts import DOSE as DOSE
 from advisory.texts import Advice, AdviceLines, Advices, SomeAdvices, SomeTexts, Text, Texts
 from advisory.texts import Source as Source
@@ -286,41 +288,20 @@ class Knowledge:
 
     def crop_named(self, text: str) -> Crop | None:
         """The crop whose name stands in `text` as a word of its own; the longest name wins, `None` if there is none."""
-        # "500 gram" is no chickpea; आम is mango, and "आम तौर पर" is "usually".
-        text = re.sub(r"\d\s*gram\b", " ", text, flags=re.IGNORECASE)
-        words = bare_words(text).replace(" आम तौर ", " ")
-        pattern, owners = self._crop_names
-        found = max((match.group(1) for match in pattern.finditer(words)), key=len, default=None)
-        return None if found is None else owners[found]
-
-    @cached_property
-    def _crop_names(self) -> tuple[re.Pattern[str], dict[str, Crop]]:
-        owners = {bare_words(name).strip(): crop for crop in self.crops.values() for name in crop.names.all}
-        return any_of(owners), owners
+        found = self.names.crops(match_key(text).split())
+        return self.crops[found[0]] if found else None
 
     def problems_named(self, text: str, crop_id: str) -> tuple[str, ...]:
         """The problems of a crop that a text names, in the order in which it names them first, each once."""
-        pattern, owners = self._problem_names(crop_id)
-        names = (match.group(1) for match in pattern.finditer(bare_words(text)))
-        return tuple(dict.fromkeys(owners[name] for name in names))
-
-    def _problem_names(self, crop_id: str) -> tuple[re.Pattern[str], dict[str, str]]:
-        if crop_id not in self._problem_patterns:
-            owners = {
-                bare_words(name).strip(): problem.id for problem in self.of_crop(crop_id) for name in problem.names.all
-            }
-            self._problem_patterns[crop_id] = any_of(owners), owners
-        return self._problem_patterns[crop_id]
+        return tuple(self.names.problems(match_key(text).split(), crop_id, in_order=True))
 
     @cached_property
-    def _problem_patterns(self) -> dict[str, tuple[re.Pattern[str], dict[str, str]]]:
-        return {}
-
-
-def any_of(names: Collection[str]) -> re.Pattern[str]:
-    """Finds any of some names as whole words in `bare_words`; of two that start together, the longer."""
-    longest_first = sorted(names, key=len, reverse=True)
-    return re.compile(rf"(?<= )({'|'.join(map(re.escape, longest_first))})(?= )") if names else re.compile("(?!)")
+    def names(self) -> NameIndex:
+        """All names of the crops and their problems."""
+        return NameIndex(
+            {crop_id: crop.names.all for crop_id, crop in self.crops.items()},
+            {crop_id: {problem.id: problem.names.all for problem in self.of_crop(crop_id)} for crop_id in self.crops},
+        )
 
 
 def load_knowledge(directory: Path = KNOWLEDGE_DIR) -> Knowledge:

@@ -17,7 +17,7 @@ from typing import Any
 
 from advisory import guard
 from advisory.advice import MAX_WORDS, derive, owner, words
-from advisory.case import FarmCase, age_in
+from advisory.case import FarmCase, age_in, listed_chemicals
 from advisory.compose import SYSTEM_HI
 from advisory.exam import Examiner, Reply
 from advisory.facts import Facts
@@ -172,8 +172,7 @@ def refusals(question: Question, reply: RemoteReply, examiner: Examiner) -> list
 def _guard(question: Question, said: str, crop: Crop | None, facts: Facts) -> list[str]:
     """What must not be said: a chemical that is banned or was not among the facts, a dose that was not in the list."""
     table = question.meta.get("table") or ()
-    problems = facts.knowledge.of_crop(crop.id) if crop else ()
-    listed = [chemical for problem in problems for chemical in problem.chemicals if chemical.ai in table]
+    listed = listed_chemicals(facts, crop.id if crop else None, table)
     found = guard.violations(
         said,
         crop_id=crop.id if crop else None,

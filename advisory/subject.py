@@ -1,4 +1,4 @@
-"""What a question and its answer are about: nothing of use, a day's weather or price, a crop of ours, a problem of it.
+"""What makes a question and its answer useless: nothing said, a person, a day's weather or price.
 
 Everything is decided on the folded words of `advisory/normalise.py`, by sets of words first: most rows are told that
 way, and a set is ten times as fast as a pattern.
@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from advisory.knowledge import Knowledge
 from advisory.normalise import MASKS, is_lost, language, match_key, normalise_hindi, scrub_personal, words_of
 
 CACHED_TEXTS = 1 << 14
 """Texts whose cleaned form is remembered; farmers ask the same again and again."""
-
-# -- what a text is about ---------------------------------------------------------------------------------------------
 
 _WEATHER = words_of("weather mausam mosam mausham मौसम rainfall barish baarish rain बारिश वर्षा forecast पूर्वानुमान")
 _FORECAST_ANSWER = re.compile(
@@ -66,8 +62,8 @@ _EMPTY_WORDS = words_of(
 _SAYS_TOLD = words_of("explained explain informed information जानकारी बताया समझाया jankari samjhaya")
 _PERSON_WORDS = words_of(
     """
-    नाम फोन गांव पहचान खाता ईमेल मेरा मेरे है का की के में से और किसान कृषक मोबाइल मोबाईल नंबर नम्बर
-    संपर्क करें पर श्री श्रीमती ग्राम जिला बात बोल रहा हूं हूँ जी name my is farmer father mobile
+    नाम फोन गांव पहचान खाता ईमेल मेरा मेरे है का की के में से और किसान कृषक मोबाइल मोबाईल नंबर
+    संपर्क करें पर श्री श्रीमती ग्राम जिला बात बोल रहा हूं जी name my is farmer father mobile
     mob phone number no contact call on at please sir mr mrs smt shri village vill dist and of from
     the s o
     """
@@ -126,83 +122,3 @@ def is_empty(question: Text, answer: Text) -> bool:
 
 def is_personal(text: Text) -> bool:
     return bool(text.kinds) and all(word in _PERSON_WORDS or word in _MASK_WORDS for word in text.words)
-
-
-# -- crops and problems -----------------------------------------------------------------------------------------------
-
-NOT_OURS = (
-    "sweet potato", "शकरकंद", "shakarkand", "horse gram", "rice bean", "custard apple", "mustard oil",
-    "सरसों का तेल", "mustard cake", "सरसों की खली", "cotton seed cake", "आम तौर", "rice straw", "wheat straw",
-    "गेहूं का भूसा", "धान का पुआल", "banana pepper",
-)  # fmt: skip
-"""Names in which the name of one of our crops stands for something else."""
-
-_Table = dict[str, list[tuple[tuple[str, ...], str]]]
-
-
-class NameIndex:
-    """Our crops and problems by all their names in all scripts, found as whole words.
-
-    Args:
-        knowledge: crops and problems.
-    """
-
-    def __init__(self, knowledge: Knowledge) -> None:
-        crops = [(name, crop_id) for crop_id, crop in knowledge.crops.items() for name in crop.names.all]
-        known = {match_key(name) for name, _ in crops}
-        self._crops = _table([*crops, *((name, "") for name in NOT_OURS if match_key(name) not in known)])
-        self._problems: dict[str, _Table] = {
-            crop_id: _table(
-                (name, problem.id)
-                for problem in knowledge.problems.values()
-                if problem.crop_id == crop_id
-                for name in problem.names.all
-            )
-            for crop_id in knowledge.crops
-        }
-
-    def crops(self, words: Sequence[str]) -> list[str]:
-        """Ids of the crops that are named, the longest name first."""
-        # "500 gram" is a weight, not a chickpea.
-        found = [
-            hit
-            for hit in _find(words, self._crops)
-            if not (hit[2] == 1 and words[hit[1]] == "gram" and _after_number(words, hit[1]))
-        ]
-        return list(dict.fromkeys(hit[3] for hit in sorted(found) if hit[3]))
-
-    def problems(self, words: Sequence[str], crop_id: str) -> list[str]:
-        """Ids of the crop's problems that are named, the longest name first."""
-        return list(dict.fromkeys(hit[3] for hit in sorted(_find(words, self._problems[crop_id]))))
-
-
-def _after_number(words: Sequence[str], place: int) -> bool:
-    return place > 0 and words[place - 1][-1:].isdigit()
-
-
-def _table(names: Iterable[tuple[str, str]]) -> _Table:
-    table: _Table = {}
-    for name, owner in names:
-        words = tuple(match_key(name).split())
-        if words:
-            table.setdefault(words[0], []).append((words, owner))
-    for entries in table.values():
-        entries.sort(key=lambda entry: -len(entry[0]))
-    return table
-
-
-def _find(words: Sequence[str], table: _Table) -> list[tuple[int, int, int, str]]:
-    """(minus the name's length, place, number of words, owner) of each name, the longest at each place."""
-    found: list[tuple[int, int, int, str]] = []
-    if table.keys().isdisjoint(words):
-        return found
-    end = 0
-    for place, word in enumerate(words):
-        if word not in table or place < end:
-            continue
-        for name, owner in table[word]:
-            if len(name) == 1 or tuple(words[place : place + len(name)]) == name:
-                found.append((-sum(map(len, name)), place, len(name), owner))
-                end = place + len(name)
-                break
-    return found

@@ -25,7 +25,6 @@ from advisory import kcc
 from advisory.importer import Row, Rules, banned_names, import_rows, raw_rows
 from advisory.knowledge import KNOWLEDGE_DIR, load_knowledge
 from advisory.pesticides import PesticideList
-from advisory.subject import NameIndex
 from advisory.tables import Broken, read_table
 from litgpt.utils import run_cli
 from tests.kcc_sample import COLUMNS, stream, tiny_knowledge
@@ -48,7 +47,7 @@ def benchmark(rows: int = 5_000_000, work_dir: Path | None = None, real_knowledg
         rules = Rules(
             source=kcc.SOURCE,
             system="",
-            names=NameIndex(knowledge),
+            names=knowledge.names,
             is_banned=banned_names(PesticideList.load(KNOWLEDGE_DIR)),
         )
         # In a process of its own, so that making the rows costs the import neither time nor memory.

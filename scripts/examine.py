@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from advisory.exam import Examiner, Reply, Score, examine, reference, shuffled
+from advisory.exam import Examiner, Reply, Score, record_scores, reference, shuffled, summary
 from advisory.exam_report import SPLIT_NAMES, draw, table, to_json
 from advisory.facts import load_facts
 from advisory.knowledge import KNOWLEDGE_DIR
-from litgpt.utils import UserError, atomic_file, progress, run_cli
+from litgpt.utils import UserError, atomic_file, progress, run_cli, sha256_file
 
 if TYPE_CHECKING:
     from advisory.remote import Remote
@@ -71,7 +71,7 @@ def main(
         knowledge_dir: the facts that answers are held against.
         name: what the tables call the adviser; by default its directory or model.
         beside: exam.json files of other advisers to show in the same table and plot.
-        overwrite: start over where out_dir holds replies of other settings.
+        overwrite: start over, whatever replies out_dir holds.
         device: auto, cpu or cuda.
     """
     if sum(choice is not None for choice in (checkpoint_dir, base_url, control)) != 1:
@@ -83,6 +83,7 @@ def main(
     facts = load_facts(knowledge_dir)
     records = {split: read_split(data_dir / f"{split}.jsonl", limit) for split in splits}
     everything = [record for split in splits for record in records[split]]
+    places = [split for split in splits for _ in records[split]]
     remote = None
     if base_url is not None:
         from advisory.remote import Remote
@@ -90,10 +91,14 @@ def main(
         remote = Remote(base_url, model=model, concurrency=concurrency)
         model = remote.model
     called = name or str(checkpoint_dir or model or base_url or control)
-    settings = {
+    settings: dict[str, Any] = {
         "adviser": str(checkpoint_dir or base_url or control), "model": model, "runs": runs, "temperature": temperature,
         "seed": seed, "thinking": thinking, "max_new_tokens": max_new_tokens,
     }  # fmt: skip
+    if checkpoint_dir is not None:
+        # Other weights may lie at the same place by now.
+        files = [checkpoint_dir / name for name in ("lit_model.pth", "tokenizer.json")]
+        settings["sha256"] = [sha256_file(file) if file.is_file() else None for file in files]
     out_dir.mkdir(parents=True, exist_ok=True)
     if control is not None:
         given = (reference(everything), shuffled(everything, seed))[CONTROLS.index(control)]
@@ -118,11 +123,14 @@ def main(
                     line = {"run": run, "id": record["id"], "question": question_of(record)} | asdict(reply)
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     file.flush()
+    asked_in = [[replies[run, record["id"]] for record in everything] for run in range(runs)]
+    scored = record_scores(Examiner(facts), everything, asked_in)
     scores: dict[str, dict[str, Score]] = {}
-    examiner = Examiner(facts)
     for split in (*splits, "all"):
-        own = records[split] if split != "all" else everything
-        scores[split] = examine(examiner, own, [[replies[run, record["id"]] for record in own] for run in range(runs)])
+        own = [n for n, of in enumerate(places) if split in (of, "all")]
+        scores[split] = summary(
+            [everything[n] for n in own], [[run[n] for n in own] for run in asked_in], [scored[n] for n in own]
+        )
     exam = {"name": called, "settings": settings, "data": str(data_dir), "scores": to_json(scores)}
     others = [read_exam(path) for path in beside]
     write(out_dir / "exam.json", json.dumps(exam, indent=1, ensure_ascii=False) + "\n")
@@ -150,11 +158,11 @@ def read_split(path: Path, limit: int | None) -> list[Record]:
         try:
             record = json.loads(line)
             roles = [message["role"] for message in record["messages"][-2:]]
-            if roles != ["user", "assistant"] or "expect" not in record["meta"]:
+            if roles != ["user", "assistant"] or "expect" not in record["meta"] or not isinstance(record["id"], str):
                 raise KeyError("expect")
         except (ValueError, KeyError, TypeError, IndexError):
             raise UserError(
-                f"{path}:{number}: no dialogue of prepare_data.py (meta.expect and a last answer are needed)"
+                f"{path}:{number}: no dialogue of prepare_data.py (id, meta.expect and a last answer are needed)"
             ) from None
         records.append(record)
     if limit is None:
@@ -185,15 +193,13 @@ def load_replies(
         raise UserError(f"{path} holds replies of other settings: choose another --out_dir, or --overwrite true")
     kept = [header]
     replies: dict[tuple[int, str], Reply] = {}
-    if lines and lines[0] == header:
+    if lines and not overwrite:
         for line in lines[1:]:
             try:
                 entry = json.loads(line)
             except ValueError:
                 continue
             if entry["question"] != asked.get(entry["id"], entry["question"]):
-                if overwrite:
-                    continue
                 raise UserError(f"{path} answers another {entry['id']}: choose another --out_dir, or --overwrite true")
             replies[entry["run"], entry["id"]] = Reply(entry["text"], entry["thought"])
             kept.append(line)

@@ -23,7 +23,6 @@ from advisory.importer import Rules, banned_names, import_rows, raw_rows
 from advisory.knowledge import KNOWLEDGE_DIR, load_knowledge
 from advisory.pesticides import PesticideList
 from advisory.public_sets import DATA_PATTERNS, PRESETS, Columns, MappedRows, read_columns
-from advisory.subject import NameIndex
 from advisory.tables import read_table, table_files
 from litgpt.utils import UserError, run_cli
 
@@ -93,7 +92,7 @@ def import_dataset(
     rules = Rules(
         source=name,
         system=SYSTEM_HI,
-        names=NameIndex(load_knowledge(knowledge_dir)),
+        names=load_knowledge(knowledge_dir).names,
         is_banned=banned_names(PesticideList.load(knowledge_dir)),
         banned=banned,
         languages=frozenset(languages),

@@ -14,7 +14,6 @@ from advisory.compose import SYSTEM_HI
 from advisory.importer import Rules, banned_names, import_rows, raw_rows
 from advisory.knowledge import KNOWLEDGE_DIR, load_knowledge
 from advisory.pesticides import PesticideList
-from advisory.subject import NameIndex
 from advisory.tables import read_table, table_files
 from litgpt.utils import UserError, run_cli
 
@@ -52,7 +51,7 @@ def import_kcc(
     rules = Rules(
         source=kcc.SOURCE,
         system=SYSTEM_HI,
-        names=NameIndex(knowledge),
+        names=knowledge.names,
         is_banned=banned_names(PesticideList.load(knowledge_dir)),
         banned=banned,
         min_answer_words=min_answer_words,

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import cast
 
 from advisory.knowledge import Knowledge
+from advisory.names import NameIndex
 
 COLUMNS = (
     "StateName", "DistrictName", "BlockName", "Season", "Sector", "Category", "Crop", "QueryType", "QueryText",
@@ -76,12 +77,9 @@ FOREIGN = (
 
 def tiny_knowledge() -> Knowledge:
     """The crops and problems of the sample, as far as the import looks at them."""
-    crops = {crop: SimpleNamespace(names=SimpleNamespace(all=(crop, *_plain(names)))) for crop, names in CROPS.items()}
-    problems = {
-        problem: SimpleNamespace(id=problem, crop_id=problem.partition("_")[0], names=SimpleNamespace(all=names))
-        for problem, names in PROBLEMS.items()
-    }
-    return cast(Knowledge, SimpleNamespace(crops=crops, problems=problems))
+    problems = {crop: {id_: names for id_, names in PROBLEMS.items() if id_.startswith(f"{crop}_")} for crop in CROPS}
+    index = NameIndex({crop: (crop, *_plain(names)) for crop, names in CROPS.items()}, problems)
+    return cast(Knowledge, SimpleNamespace(names=index))
 
 
 def _plain(names: tuple[str, ...]) -> tuple[str, ...]:

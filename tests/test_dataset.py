@@ -15,8 +15,9 @@ import pytest
 
 from advisory import guard, questions
 from advisory.advice import MAX_WORDS, words
+from advisory.case import chemical_hi, listed_chemicals
 from advisory.compose import Record
-from advisory.dataset import HELD_OUT_QUESTION, SPLITS, build_splits, phrasings, sizes
+from advisory.dataset import HELD_OUT_QUESTION, SPLITS, build_splits, part_of, phrasings, sizes
 from advisory.facts import Facts, load_facts
 from advisory.leaks import leaks
 from litgpt.data import read_records
@@ -24,7 +25,7 @@ from litgpt.utils import UserError
 
 ROOT = Path(__file__).parents[1]
 KNOWLEDGE_DIR = ROOT / "data" / "knowledge"
-SIZE = 1500
+SIZE, SEED = 1500, 7
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def facts() -> Facts:
 
 @pytest.fixture(scope="module")
 def splits(facts: Facts) -> dict[str, list[Record]]:
-    return build_splits(facts, size=SIZE, seed=7)
+    return build_splits(facts, size=SIZE, seed=SEED)
 
 
 def asked(record: Record) -> str:
@@ -80,9 +81,8 @@ def test_answers_are_safe_short_and_hindi(splits: dict[str, list[Record]], facts
         for record in records:
             meta, answer = record["meta"], record["messages"][-1]["content"]
             assert words(answer) <= MAX_WORDS
-            listed = [
-                c for p in facts.knowledge.of_crop(meta["crop"] or "") for c in p.chemicals if c.ai in meta["table"]
-            ]
+            listed = listed_chemicals(facts, meta["crop"], meta["table"])
+            assert len({chemical_hi(chemical) for chemical in listed}) == len(meta["table"])
             allowed = [dose for chemical in listed for dose in guard.allowed(chemical)]
             found = guard.violations(answer, crop_id=meta["crop"], allowed_doses=allowed, pesticides=facts.pesticides)
             assert not found, (record["id"], answer, found)
@@ -108,6 +108,22 @@ def test_test_holds_unseen_phrasings_and_combinations(splits: dict[str, list[Rec
         assert (problem_id, tuple(meta["weather"]), tuple(meta["soil"] or ())) not in combinations
         checked += 1
     assert checked > 40
+
+
+def test_no_state_of_weather_or_soil_stands_in_two_parts(splits: dict[str, list[Record]], facts: Facts) -> None:
+    seen: dict[str, set[tuple[str, str]]] = {}
+    for split in ("train", "val", "test"):
+        for record in splits[split]:
+            meta = record["meta"]
+            problem_id = meta["split_key"].split("|")[0]
+            if problem_id in facts.knowledge.problems:
+                states = {*meta["weather"], *(meta["soil"] or ())}
+                seen.setdefault(split, set()).update((problem_id, state) for state in states)
+    assert len(seen["train"]) > 300
+    for split in ("val", "test"):
+        assert all(part_of(SEED, *pair) in {"train", split} for pair in seen[split])
+        assert sum(part_of(SEED, *pair) == split for pair in seen[split]) >= 10
+    assert all(part_of(SEED, *pair) == "train" for pair in seen["train"])
 
 
 def test_nothing_leaks_between_splits(splits: dict[str, list[Record]]) -> None:
@@ -172,7 +188,7 @@ def test_thoughts_in_hindi(facts: Facts) -> None:
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(facts: Facts, splits: dict[str, list[Record]]) -> None:
-    again = build_splits(facts, size=SIZE, seed=7)
+    again = build_splits(facts, size=SIZE, seed=SEED)
     digests = [
         hashlib.sha256(json.dumps(one, ensure_ascii=False).encode()).hexdigest()
         for one in (splits, again, build_splits(facts, size=SIZE, seed=8))

@@ -230,7 +230,7 @@ def test_replies_of_something_else_are_not_taken(exam: NewExam, capsys: pytest.C
         assert "answers another test-1" in capsys.readouterr().err
         assert work.replies.read_bytes() == before
         assert work.run(server.url, "--overwrite") == 0
-    assert server.asked.total() == 4
+    assert server.asked.total() == 6
     assert {line["question"] for line in work.lines()} == set(work.asked)
 
 

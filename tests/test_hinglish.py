@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advisory.hinglish import as_spoken, in_dialect, romanise, with_slips
+from advisory.case import age_in
+from advisory.hinglish import NUMBERS, as_spoken, in_dialect, romanise, with_slips
+from advisory.questions import MONTHS, STYLES, in_style
 
 
 class Never(Random):
@@ -63,3 +65,34 @@ def test_a_voice_transcript_has_no_punctuation_and_says_round_numbers() -> None:
 
 def test_dialect_leaves_other_words_alone() -> None:
     assert in_dialect("मेरी फसल के पत्ते 60 दिन") == "हमार फसिल के पाती 60 दिन"
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("age", "said"), [*((age, f"{age} दिन") for age in NUMBERS), *MONTHS.items()])
+def test_an_age_that_is_composed_is_read_back_in_every_style(style: str, age: int, said: str) -> None:
+    for seed in range(8):
+        asked = in_style(f"मेरी गेहूं की फसल {said} की है, पत्तियां 3 दिन से पीली हैं।", style, Random(seed))
+        assert age_in(asked) == age, asked
+
+
+@pytest.mark.parametrize(
+    ("text", "age"),
+    [
+        ("फसल दो महीने की है", 60),
+        ("डेढ़ माह की फसल", 45),
+        ("dhai mahine ki fasal", 75),
+        ("1.5 months old", 45),
+        ("पाँच महीने की", 150),
+        ("What to do, 60 days old crop", 60),
+        ("दो महीने पहले बोई थी", None),
+        ("तीन महीने से पीले हैं", None),
+        ("दो-तीन महीने की", None),
+        ("50-60 दिन की", None),
+        ("दो सौ दिन की", None),
+        ("एक दिन देखा", None),
+        ("999 महीने की", None),
+        ("दो महीने की, 45 दिन की", None),
+    ],
+)
+def test_ages_in_days_and_months(text: str, age: int | None) -> None:
+    assert age_in(text) == age

@@ -13,13 +13,12 @@ import pytest
 
 from advisory.importer import Account, Rules, import_rows, raw_rows
 from advisory.public_sets import PRESETS, Columns, MappedRows, read_columns
-from advisory.subject import NameIndex
 from advisory.tables import read_table, table_files
 from litgpt.data import read_records
 from litgpt.utils import UserError
 from tests.kcc_sample import is_banned, tiny_knowledge
 
-NAMES = NameIndex(tiny_knowledge())
+NAMES = tiny_knowledge().names
 QUESTION = "how to control yellow rust in wheat"
 ANSWER = "keep watching the field and remove the affected leaves"
 MAP = Columns(question="q", answer="a", licence="CC0")

@@ -18,13 +18,13 @@ import pytest
 
 from advisory import kcc
 from advisory.importer import REASONS, Account, Rules, import_rows, raw_rows
-from advisory.subject import NameIndex, clean_text, is_empty, is_price, is_weather
+from advisory.subject import clean_text, is_empty, is_price, is_weather
 from advisory.tables import Broken, Raw, read_table, table_files
 from litgpt.data import read_records
 from litgpt.utils import UserError
 from tests.kcc_sample import COLUMNS, broken_csv, csv_lines, is_banned, sample, tiny_knowledge, write_jsonl
 
-NAMES = NameIndex(tiny_knowledge())
+NAMES = tiny_knowledge().names
 RULES = Rules(source="kcc", system="आप सलाहकार हैं।", names=NAMES, is_banned=is_banned)
 
 

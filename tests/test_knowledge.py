@@ -92,6 +92,13 @@ def test_dose_pattern_leaves_other_numbers(text: str) -> None:
         ("आम के पेड़ पर बौर काला हो रहा है", "mango"),
         ("आम तौर पर पानी कब देते हैं", None),
         ("500 gram डाला", None),
+        ("500gram डाला", None),
+        ("gram me keede lage hain", "chickpea"),
+        ("sweet potato me daag", None),
+        ("horse gram ki patti", None),
+        ("सरसों का तेल छिड़का", None),
+        ("सरसों का तेल गेहूं में डाला", "wheat"),
+        ("मिर्ची में और प्याज\u093c में", "chilli"),
     ],
 )
 def test_crop_is_found_by_its_names(knowledge: Knowledge, text: str, crop: str | None) -> None:
