@@ -50,7 +50,8 @@ def main(
         out: file to write.
         student, teacher, base, out_dir, data, loss, optim, run, seed: as of train_distill.py.
     """
-    train_distill.load_model = litgpt.teacher.load_model = in_float64
+    for module in (train_distill, litgpt.teacher):
+        vars(module)["load_model"] = in_float64
     trainer = train_distill.Trainer(
         Settings(student, teacher, base, out_dir, data, loss, optim, run, "auto", False, seed)
     )

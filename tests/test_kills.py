@@ -122,7 +122,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     file = tmp_path / "step-000002" / rundir.STATE_FILE
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
-    file.write_bytes({"cut": content[: len(content) // 2], "flip": content, "empty": b""}[damage])
+    damaged = {"cut": bytes(content[: len(content) // 2]), "flip": bytes(content), "empty": b""}
+    file.write_bytes(damaged[damage])
     found, state = rundir.load_start(tmp_path, "auto", overwrite=False)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "step-000002 is damaged" in said

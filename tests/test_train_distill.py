@@ -211,7 +211,7 @@ def first_step(world: World, out_dir: Path, **settings: Any) -> tuple[dict[str, 
         named = trainer.distiller.named_parameters()
         gradients.update({name: p.grad.clone() for name, p in named if p.grad is not None})
 
-    trainer.optimizer.step = keep
+    trainer.optimizer.step = keep  # type: ignore[method-assign, assignment]
     return trainer._train_step(trainer.loader.forever()), gradients
 
 
@@ -424,7 +424,7 @@ def test_steps_that_are_not_finite_are_left_out_if_told_so(world: World, tmp_pat
 def test_gradient_norms_by_group_make_up_the_whole_and_are_clipped(world: World, tmp_path: Path) -> None:
     trainer = make_trainer(world, tmp_path, optim__clip=1e-3)
     clipped: list[Tensor] = []
-    trainer.optimizer.step = lambda: clipped.extend(  # type: ignore[method-assign, assignment, return-value]
+    trainer.optimizer.step = lambda: clipped.extend(  # type: ignore[method-assign, assignment]
         p.grad.clone() for p in trainer.distiller.parameters() if p.grad is not None
     )
     metrics = trainer._train_step(trainer.loader.forever())
@@ -476,16 +476,20 @@ def test_other_files_under_the_same_names_are_refused(
         world.val.write_text(kept, encoding="utf-8")
 
 
-def test_what_is_validated_last_is_what_is_stored(world: World, tmp_path: Path) -> None:
-    """A student stored in bf16: the report's `after` is that of final/, loaded anew."""
-    half = World(
-        *(shutil.copytree(path, tmp_path / path.name) for path in (world.base, world.teacher, world.student)),
-        world.train,
-        world.val,
+def in_bf16(world: World, directory: Path) -> World:
+    """The same world with base and student stored in bf16."""
+    base, teacher, student = (
+        shutil.copytree(path, directory / path.name) for path in (world.base, world.teacher, world.student)
     )
-    for path in (half.base, half.student):
+    for path in (base, student):
         state = {name: tensor.bfloat16() for name, tensor in load_state(path).items()}
         save_lit_dir(path, state, Config.from_checkpoint(path), source_dir=path, provenance=read_provenance(path))
+    return World(base, teacher, student, world.train, world.val)
+
+
+def test_what_is_validated_last_is_what_is_stored(world: World, tmp_path: Path) -> None:
+    """A student stored in bf16: the report's `after` is that of final/, loaded anew."""
+    half = in_bf16(world, tmp_path)
     trainer = make_trainer(half, tmp_path / "run", optim__lr=0.05, run__frozen_dtype="float32")
     trainer.run()
     report = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text(encoding="utf-8"))
@@ -497,14 +501,7 @@ def test_what_is_validated_last_is_what_is_stored(world: World, tmp_path: Path) 
 
 
 def test_frozen_weights_in_bf16_change_no_result(world: World, tmp_path: Path) -> None:
-    half = World(
-        *(shutil.copytree(path, tmp_path / path.name) for path in (world.base, world.teacher, world.student)),
-        world.train,
-        world.val,
-    )
-    for path in (half.base, half.student):
-        state = {name: tensor.bfloat16() for name, tensor in load_state(path).items()}
-        save_lit_dir(path, state, Config.from_checkpoint(path), source_dir=path, provenance=read_provenance(path))
+    half = in_bf16(world, tmp_path)
     found = []
     for dtype in ("float32", "bfloat16"):
         trainer = make_trainer(half, tmp_path / dtype, run__precision="bf16-mixed", run__frozen_dtype=dtype)
@@ -527,6 +524,7 @@ def test_samples_are_the_student_s_greedy_answers(world: World, finished: Path) 
         record.messages[:-1], tokenizer, add_generation_prompt=True, thinking="thought" in record.messages[-1]
     )
     end = tokenizer.token_to_id("<|im_end|>")
+    assert end is not None
     ids = list(generate(load_model(finished / "final"), prompt.ids, max_new_tokens=256, stop_ids=[end]))
     assert samples[-1]["reply"] == tokenizer.decode(ids)
 
