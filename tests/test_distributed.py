@@ -150,7 +150,7 @@ def test_positions_that_the_processes_cannot_share_are_refused() -> None:
     "launcher",
     [
         ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-        ("-m", "lightning.fabric.cli", "run", "--accelerator=cpu", "--devices=2"),
+        (str(Path(sys.executable).with_name("fabric")), "run", "--accelerator=cpu", "--devices=2"),
     ],
     ids=["torchrun", "fabric run"],
 )
