@@ -43,7 +43,7 @@ def card(
     Args:
         splits: all records.
         command: the line that makes the same bytes again.
-        near_duplicates: how many records of other splits resembled one of train and were replaced.
+        near_duplicates: how many records resembled one of an earlier split and were dropped.
         tokenizer: counts tokens; without one the card counts words and says so.
         tokenizer_name: what it is called.
         plot: file name of the plot beside the card.
@@ -75,7 +75,7 @@ def card(
     distinct = len({_asked(record) for records in splits.values() for record in records})
     lines += ["", f"Distinct questions in all splits: {distinct} of {sum(map(len, splits.values()))} records."]
     lines += [
-        f"Near-duplicates of train in the other splits: {near_duplicates} found by MinHash and dropped, none left.",
+        f"Near-duplicates of a record in an earlier split: {near_duplicates} found by MinHash and dropped, none left.",
         "",
     ]
     for what, key in (("Kinds of answer", "expect"), ("Styles", "style"), ("Forms", "form")):

@@ -12,13 +12,11 @@ import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from advisory.doses import FORMULATIONS, Dose, doses
+from advisory.knowledge import Amount, Chemical
 from advisory.pesticides import Mention, Pesticide, PesticideList
-
-if TYPE_CHECKING:
-    from advisory.knowledge import Amount, Chemical
 
 __all__ = ["AllowedDose", "Dose", "Violation", "allowed", "doses", "emergency", "injection", "violations"]
 

@@ -184,8 +184,8 @@ def download(
     Raises:
         UserError: the server refuses, or does not answer after several tries.
     """
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-        raise UserError(f"{url!r} is no web address; expected e.g. {API_URL}")
+    if not _is_address(url):
+        raise UserError(f"{url!r} is no web address; expected e.g. {API_URL}, without spaces and without ?...")
     if page_size < 1:
         raise UserError(f"page_size is {page_size}: expected at least 1")
     _same_query(pages_dir, url, filters or {})
@@ -196,7 +196,7 @@ def download(
         limit = page_size if max_rows is None else min(page_size, max_rows - offset)
         query = {"api-key": api_key, "format": "json", "offset": str(offset), "limit": str(limit)}
         query |= {f"filters[{column}]": value for column, value in (filters or {}).items()}
-        page = _fetch(f"{url}?{urllib.parse.urlencode(query)}", url, offset, wait)
+        page = _fetch(url, query, offset, wait)
         records = page["records"]
         if not records:
             break
@@ -213,6 +213,15 @@ def download(
     return offset
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that are not closed, a port that is no number
+        return False
+    return known and url.isascii() and url.isprintable() and not set(" ?#") & set(url)
+
+
 def _same_query(pages_dir: Path, url: str, filters: Mapping[str, str]) -> None:
     """Pages of two queries in one folder would be mixed up."""
     asked = {"url": url, "filters": dict(filters)}
@@ -220,7 +229,12 @@ def _same_query(pages_dir: Path, url: str, filters: Mapping[str, str]) -> None:
     if not path.exists():
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(asked, ensure_ascii=False), encoding="utf-8")
-    elif json.loads(path.read_text(encoding="utf-8")) != asked:
+        return
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # cut off, or not UTF-8
+        raise UserError(f"{path} is broken; remove {pages_dir} and run the same command again") from None
+    if known != asked:
         raise UserError(f"{pages_dir} holds pages of another query ({path}); give another pages_dir or remove that one")
 
 
@@ -245,9 +259,17 @@ def _rows_on_disk(pages_dir: Path) -> int:
     return int(match[2]) if match else 0
 
 
-def _fetch(address: str, shown: str, offset: int, wait: Callable[[float], None]) -> dict[str, Any]:
-    """One page; `shown` stands for the address in messages, since the address holds the key."""
-    trouble = ""
+def _fetch(url: str, query: Mapping[str, str], offset: int, wait: Callable[[float], None]) -> dict[str, Any]:
+    """One page; messages show the address without the query, which holds the key."""
+    address, key, trouble = f"{url}?{urllib.parse.urlencode(query)}", query["api-key"], ""
+
+    def clean(told: object) -> str:
+        """One line without the key, which servers and libraries repeat."""
+        line = " ".join(str(told).split())
+        for secret in filter(None, (key, urllib.parse.quote_plus(key))):
+            line = line.replace(secret, "***")
+        return line[:300]
+
     for attempt in range(RETRIES):
         pause = min(LONGEST_WAIT, 2.0**attempt)
         try:
@@ -256,26 +278,26 @@ def _fetch(address: str, shown: str, offset: int, wait: Callable[[float], None])
             if isinstance(page, dict) and isinstance(page.get("records"), list):
                 return page
             told = page.get("message") or page.get("error") or page.get("status") if isinstance(page, dict) else ""
-            trouble = f"an answer without records{f' ({told})' if told else ''}"
+            trouble = f"an answer without records{f' ({clean(told)})' if told else ''}"
         except urllib.error.HTTPError as error:
-            trouble = f"HTTP {error.code} {error.reason}"
+            trouble = f"HTTP {error.code} {clean(error.reason)}"
             if error.code in (401, 403):
                 raise UserError(
-                    f"{shown} refuses the key ({trouble}): put a valid key of data.gov.in into {KEY_VARIABLE}"
+                    f"{url} refuses the key ({trouble}): put a valid key of data.gov.in into {KEY_VARIABLE}"
                 ) from None
             if error.code < 500 and error.code not in (408, 429):
                 raise UserError(
-                    f"{shown} refuses the query at row {offset:,} ({trouble}); check url and filters"
+                    f"{url} refuses the query at row {offset:,} ({trouble}); check url and filters"
                 ) from None
             after = error.headers.get("Retry-After", "")
             pause = min(LONGEST_WAIT, float(after)) if after.isdigit() else pause
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-            trouble = str(getattr(error, "reason", error)) or type(error).__name__
+            trouble = clean(getattr(error, "reason", error)) or type(error).__name__
         except ValueError:  # cut-off or garbled JSON
             trouble = "an answer that is not valid JSON"
         if attempt + 1 < RETRIES:
             wait(pause)
     raise UserError(
-        f"{shown} did not deliver row {offset:,} in {RETRIES} tries ({trouble}); what has arrived is kept, "
+        f"{url} did not deliver row {offset:,} in {RETRIES} tries ({trouble}); what has arrived is kept, "
         "run the same command again"
     )

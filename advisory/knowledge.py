@@ -47,8 +47,6 @@ ClaimGroup = Literal["signs", "days", "weather", "soil", "checks", "measures"]
 CLAIM_GROUPS: tuple[ClaimGroup, ...] = ("signs", "days", "weather", "soil", "checks", "measures")
 
 MIN_SYMPTOMS = 5
-SAME_SYMPTOM = 0.8
-"""Two symptoms whose letter trigrams overlap by so much (Jaccard) are one and the same to a reader."""
 
 
 def _month_day(value: str) -> str:
@@ -314,7 +312,7 @@ def load_knowledge(directory: Path = KNOWLEDGE_DIR) -> Knowledge:
     problems: dict[str, Problem] = {}
     sources: dict[str, Mapping[str, Source]] = {}
     for path in crop_paths(directory):
-        content, faults = read_crop_file(path)
+        content, faults = read_crop_file(YamlFile(path))
         refuse(faults)
         assert content is not None
         crops[content.crop.id] = content.crop
@@ -340,16 +338,11 @@ def crop_paths(directory: Path) -> list[Path]:
     return paths
 
 
-def read_crop_file(path: Path) -> tuple[CropFile | None, list[Fault]]:
-    """A crop file and all its faults; `None` where its parts could not be read as what they should be.
-
-    Raises:
-        UserError: not UTF-8, or not YAML.
-    """
-    file = YamlFile(path)
+def read_crop_file(file: YamlFile) -> tuple[CropFile | None, list[Fault]]:
+    """A crop file and its faults; `None` where its parts could not be read as what they should be."""
     content, faults = file.read(CropFile)
     if content is not None:
-        faults += [file.fault(loc, what) for loc, what in _faults(content, path)]
+        faults += [file.fault(loc, what) for loc, what in _faults(content, file.path)]
     return content, faults
 
 
@@ -403,40 +396,20 @@ def _source_faults(content: CropFile) -> Iterator[tuple[Loc, str]]:
         for key in keys:
             if key not in content.sources:
                 yield loc, f"source {key!r} is not in the file's sources"
-    for key in content.sources.keys() - {key for _, keys in cited for key in keys}:
+    for key in sorted(content.sources.keys() - {key for _, keys in cited for key in keys}):
         yield ("sources", key), "nothing rests on this source"
 
 
 def _faults_between(problems: tuple[Problem, ...]) -> Iterator[tuple[Loc, str]]:
-    """Look-alikes that exist, names of one problem only, and a check wherever two problems show the same symptom."""
+    """Look-alikes that exist, and names of one problem only."""
     ids = {problem.id for problem in problems}
     owner_of_name: dict[str, str] = {}
-    seen: list[tuple[Problem, frozenset[str], str]] = []
     for number, problem in enumerate(problems):
         loc: Loc = ("problems", number)
         for n, look_alike in enumerate(problem.look_alikes):
             if look_alike.id not in ids or look_alike.id == problem.id:
                 yield (*loc, "look_alikes", n), f"unknown look-alike {look_alike.id!r}"
         for name in problem.names.all:
-            owner = owner_of_name.setdefault(bare_words(name), problem.id)
+            owner = owner_of_name.setdefault(match_key(name), problem.id)
             if owner != problem.id:
                 yield (*loc, "names"), f"the name {name!r} stands in {owner} too"
-        for n, symptom in enumerate(problem.symptoms_hi):
-            grams = _trigrams(symptom)
-            for other, other_grams, other_symptom in seen:
-                told_apart = {a.id for a in problem.look_alikes} & {other.id} or {a.id for a in other.look_alikes} & {
-                    problem.id
-                }
-                if other.id != problem.id and not told_apart and _jaccard(grams, other_grams) >= SAME_SYMPTOM:
-                    what = f"{symptom!r} stands in {other.id} as {other_symptom!r}, and no check tells the two apart"
-                    yield (*loc, "symptoms_hi", n), what
-            seen.append((problem, grams, symptom))
-
-
-def _trigrams(text: str) -> frozenset[str]:
-    text = bare_words(text)
-    return frozenset(text[start : start + 3] for start in range(len(text) - 2))
-
-
-def _jaccard(a: frozenset[str], b: frozenset[str]) -> float:
-    return len(a & b) / len(a | b)

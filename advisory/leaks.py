@@ -17,28 +17,27 @@ PERMUTATIONS = 64
 
 
 def leaks(splits: Mapping[str, Sequence[Record]]) -> list[tuple[str, str]]:
-    """Pairs (record of another split, record of train) whose questions are near-duplicates, by MinHash with LSH.
+    """Pairs (record, record of an earlier split) whose questions are near-duplicates, by MinHash with LSH.
 
     A question is all that the user says, case lines included; similarity is the Jaccard index of letter shingles
-    (Broder 1997), estimated with `PERMUTATIONS` hashes.
+    (Broder 1997), estimated with `PERMUTATIONS` hashes. Each record is compared with all splits before its own.
     """
     index = MinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS)
-    ids = [record["id"] for record in splits["train"]]
-    with index.insertion_session() as session:
-        for identity, sketch in zip(ids, _sketches(splits["train"]), strict=True):
-            session.insert(identity, sketch, check_duplication=False)
-    by_id = {record["id"]: record for record in splits["train"]}
+    by_id: dict[str, Record] = {}
     found: list[tuple[str, str]] = []
-    for split, records in splits.items():
-        if split == "train":
-            continue
-        for record, sketch in zip(records, _sketches(records), strict=True):
+    for records in splits.values():
+        sketches = list(_sketches(records))
+        for record, sketch in zip(records, sketches, strict=True) if by_id else ():
             shingles = _shingles(record)
             for identity in index.query(sketch):
                 other = _shingles(by_id[identity])
                 if len(shingles & other) / len(shingles | other) >= NEAR:
                     found.append((record["id"], identity))
                     break
+        with index.insertion_session() as session:
+            for record, sketch in zip(records, sketches, strict=True):
+                session.insert(record["id"], sketch, check_duplication=False)
+        by_id |= {record["id"]: record for record in records}
     return found
 
 

@@ -20,7 +20,6 @@ from pydantic import Field, model_validator
 
 from advisory.texts import Source
 from advisory.yamlfile import Fault, Model, YamlFile, refuse
-from litgpt.utils import UserError
 
 PESTICIDES_FILE = "_pesticides.yaml"
 
@@ -399,10 +398,7 @@ def _same_formulation(left: str, right: str) -> bool:
 
 
 def _read(path: Path) -> _File:
-    try:
-        file = YamlFile(path)
-    except ValueError as error:  # PyYAML itself refuses a day like 2026-02-31
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+    file = YamlFile(path)
     content, faults = file.read(_File)
     refuse(faults if content is None else [*faults, *_faults(file, content)])
     assert content is not None

@@ -10,21 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from advisory.importer import Row
 from advisory.kcc import label
 from advisory.tables import Raw
+from advisory.yamlfile import Model, YamlFile
 from litgpt.utils import UserError
 
 DATA_PATTERNS = tuple(f"*.{end}{gz}" for end in ("csv", "json", "jsonl", "parquet") for gz in ("", ".gz"))
 
 
-class Columns(BaseModel):
+class Columns(Model):
     """Names of the columns of a set."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     question: str
     """Several columns are joined: "instruction+input"."""
@@ -80,16 +76,10 @@ def read_columns(path: Path) -> Columns:
     Raises:
         UserError: no such file, or something else in it.
     """
-    try:
-        return Columns.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"no file {path}; expected a YAML file with question, answer and licence") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{path}: {place}: {first['msg']}; known are {', '.join(Columns.model_fields)}") from None
+    columns, faults = YamlFile(path).read(Columns)
+    if columns is None or faults:
+        raise UserError(f"{faults[0]}; known are {', '.join(Columns.model_fields)}")
+    return columns
 
 
 class MappedRows:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from advisory.readfile import read_text
 from litgpt.utils import UserError
 
 M = TypeVar("M", bound=BaseModel)
@@ -45,24 +46,23 @@ class YamlFile:
     """A parsed file: its value, and the line of each part of it.
 
     Raises:
-        UserError: not there, not UTF-8, or not YAML.
+        UserError: not there, a folder, not UTF-8, or not YAML.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            loader = _LOADER(path.read_text(encoding="utf-8"))
+            loader = _LOADER(read_text(path))
             self._node = loader.get_single_node()
             self.value: Any = None if self._node is None else loader.construct_document(self._node)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
-        except UnicodeDecodeError as error:
-            line = path.read_bytes()[: error.start].count(b"\n") + 1
-            raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
+            self._repeated = list(_repeated(self._node))
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             place = f"{path}:{mark.line + 1}" if mark else str(path)
             raise UserError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            # What PyYAML's own constructors let out: a day like 2026-02-31, `!!bool maybe`, nesting without end.
+            raise UserError(f"{path}: not valid YAML: {error}") from None
 
     def line(self, loc: Loc) -> int:
         """The line on which a part begins; that of the nearest part around it where the part is missing."""
@@ -87,7 +87,7 @@ class YamlFile:
 
     def read(self, model: type[M]) -> tuple[M | None, list[Fault]]:
         """The file as a model, or `None` and every fault found."""
-        repeated = [self.fault(loc, "the key stands twice") for loc in _repeated(self._node)]
+        repeated = [self.fault(loc, "the key stands twice") for loc in self._repeated]
         try:
             return model.model_validate(self.value), repeated
         except ValidationError as error:

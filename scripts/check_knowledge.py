@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from advisory.check import check_files, page
-from advisory.knowledge import KNOWLEDGE_DIR, crop_paths, load_knowledge
+from advisory.check import check_files, check_folder, page
+from advisory.knowledge import KNOWLEDGE_DIR, load_knowledge
 from advisory.pesticides import PesticideList
 from litgpt.utils import UserError, atomic_file, run_cli
 
@@ -19,12 +19,12 @@ def check_knowledge(
     """Check the crop facts; every fault is printed as file:line, and the exit code is 2 if there is one.
 
     Args:
-        files: only these crop files; by default all of the folder.
-        knowledge_dir: the folder of crop files and of the list of pesticides.
+        files: only these files; by default all of the folder, crops and rules.
+        knowledge_dir: the folder of crop files, rules and the list of pesticides.
         page_path: write counts and gaps here, as Markdown, when there is no fault; ours is docs/knowledge.md.
     """
     pesticides = PesticideList.load(knowledge_dir)
-    checked = check_files(list(files) or crop_paths(knowledge_dir), pesticides)
+    checked = check_files(list(files), pesticides) if files else check_folder(knowledge_dir, pesticides)
     for fault in checked.faults:
         print(fault)
     if checked.faults:

@@ -93,7 +93,7 @@ def prepare_data(
     print(f"{len(facts.knowledge.crops)} crops, {len(facts.knowledge.problems)} problems")
     print(
         f"{total} records in {seconds:.1f} s, {total / seconds:.0f} a second; "
-        f"{len(found)} near-duplicates of train dropped"
+        f"{len(found)} near-duplicates of earlier splits dropped"
     )
     for split in SPLITS:
         print(f"{out_dir / split}.jsonl: {len(splits[split])} dialogues")

@@ -159,13 +159,15 @@ def test_a_wrong_map_is_told_in_one_line(tmp_path: Path) -> None:
     file = tmp_path / "map.yaml"
     for content, told in (
         ("question: q\nanwser: a\n", "anwser|answer"),
-        ("- a", "the file"),
+        ("- a", r"map\.yaml:1: "),
         ("a: [", "not valid YAML"),
+        ("question: a\nquestion: b\nanswer: c\n", r"map\.yaml:\d: question: the key stands twice"),
+        ("question: 2026-02-31\nanswer: c\n", "not valid YAML"),
     ):
         file.write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=told):
             read_columns(file)
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="no such file"):
         read_columns(tmp_path / "absent.yaml")
     file.write_text("question: a+b\nanswer: c\nlicence: MIT\nwhere: {d: x}\n", encoding="utf-8")
     assert read_columns(file) == Columns(question="a+b", answer="c", licence="MIT", where={"d": "x"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import http.client
 import http.server
 import io
 import json
@@ -351,5 +352,33 @@ def test_a_refusal_is_not_tried_again(code: str, told: str, api: tuple[type[Api]
     with pytest.raises(UserError, match=told):
         kcc.download(tmp_path, "SECRET", url=url, wait=lambda seconds: None, say=lambda line: None)
     assert len(handler.asked) == 1
-    with pytest.raises(UserError, match="no web address"):
-        kcc.download(tmp_path / "x", "SECRET", url="file:///etc/passwd")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["file:///etc/passwd", "http://[::1/x", "http://a.example:port/x", "http://", "http://a b.example/x",
+     "http://a.example/x y", "http://a.example/x\ny", "http://a.example/खेत", "http://a.example/x?api-key=1", "x"],
+)  # fmt: skip
+def test_an_address_that_is_none_is_refused_at_once(url: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no web address") as refused:
+        kcc.download(tmp_path / "x", "SECRET", url=url, wait=lambda seconds: None)
+    assert "\n" not in str(refused.value) and not (tmp_path / "x").exists()
+
+
+def test_the_key_stands_in_no_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(address: str, timeout: float) -> None:
+        raise http.client.InvalidURL(f"URL can't contain control characters.\n{address} of SECRET KEY/")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(UserError, match="control characters") as refused:
+        kcc.download(
+            tmp_path, "SECRET KEY/", url="http://a.example/x", wait=lambda seconds: None, say=lambda line: None
+        )
+    assert "SECRET" not in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [b'{"url": "http', b"", b"\xff\xfe"])
+def test_a_broken_note_of_the_query_is_told(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "query.meta").write_bytes(content)
+    with pytest.raises(UserError, match=r"query\.meta is broken; remove"):
+        kcc.download(tmp_path, "SECRET", url="http://a.example/x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from advisory.check import check_files, check_folder, page, problem_texts
 from advisory.knowledge import DOSE, Knowledge, clean, load_knowledge, read_crop_file
 from advisory.pesticides import PesticideList
+from advisory.yamlfile import YamlFile
 from litgpt.utils import UserError
 from tests.small_crop import SMALL_CROP, line_of
 
@@ -212,6 +214,19 @@ BROKEN = [
     ("amount: 200", "amount: .nan", "ai: propiconazole", "finite number"),
     ("ai: propiconazole, name_hi", "ai: endosulfan, name_hi", "ai: propiconazole", "endosulfan is recommended: "),
     ("ai: propiconazole, name_hi", "ai: moonstone, name_hi", "ai: propiconazole", "moonstone is on no list"),
+    (
+        "name_hi: प्रोपिकोनाजोल",
+        "name_hi: एंडोसल्फान",
+        "ai: prop",
+        "name_hi: 'एंडोसल्फान' is endosulfan, but ai is propiconazole",
+    ),
+    ("name_hi: प्रोपिकोनाजोल", "name_hi: मैंकोजेब", "ai: prop", "'मैंकोजेब' is mancozeb, but ai is propiconazole"),
+    ("name_hi: प्रोपिकोनाजोल", "name_hi: दवाई", "ai: prop", "'दवाई' is nothing on the list"),
+    ("formulation: 25 EC", "formulation: 99 कुछ भी", "ai: prop", "formulation: '99 कुछ भी' is no formulation like 25 EC"),
+    ("formulation: 25 EC", "formulation: 25 XX", "ai: prop", "'25 XX' is no formulation"),
+    ("formulation: 25 EC", 'formulation: "12.6% + 9.5% ZC"', None, None),
+    ("formulation: 25 EC", "formulation: FeSO4.7H2O", None, None),
+    ("formulation: 25 EC", "formulation: DDT", "ai: prop", "'DDT' names DDT, which is banned"),
     ("सिफारिश की हुई दवा कृषि", "एंडोसल्फान या दवा कृषि", "chemical_hi", "names एंडोसल्फान"),
     ("from_day: 21", "from_day: 25", "id: ripening", "days 25 to 130; it must start on day 21"),
     ("  id: wheat\n", "  id: barley\n", "  id: wheat\n  names", "is 'barley' but the file is wheat.yaml"),
@@ -265,6 +280,54 @@ def test_a_shared_symptom_needs_a_check(tmp_path: Path, pesticides: PesticideLis
     assert unlinked.splitlines()[fault.line - 1].strip() == "- पत्तों पर पीले रंग की धारियां दिखती हैं"
 
 
+# (file, what is replaced, by what, the fault)
+BROKEN_RULES = [
+    ("_weather.yaml", "action: spray,", "action: dance,", "action: Input should be 'spray'"),
+    ("_weather.yaml", "say_hi: तेज हवा", "say_hi: फोरेट डालें, तेज हवा", "names फोरेट, which is banned"),
+    ("_soil.yaml", "key: zn,", "key: gold,", "key: Input should be"),
+    ("_safety.yaml", "answer_hi: |-\n", "answer_hi: |-\n      एंडोसल्फान डालें।\n", "names एंडोसल्फान, which is banned"),
+    ("_safety.yaml", "id: pesticide_in_eye", "id: poisoned_person", "the id stands twice"),
+    ("_safety.yaml", "sources: [pnw_poisoning,", "sources: [nowhere,", "source 'nowhere' is not in"),
+    (
+        "_safety.yaml",
+        "\nsources:\n",
+        "\nsources:\n  nobody: {title: T, publisher: P, year: 2020, url: 'https://a.example/b', read: page}\n",
+        "nobody: nothing rests on this source",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "old", "new", "message"), BROKEN_RULES)
+def test_the_files_of_rules_are_checked_too(
+    tmp_path: Path, pesticides: PesticideList, name: str, old: str, new: str, message: str
+) -> None:
+    (tmp_path / "wheat.yaml").write_text(SMALL_CROP, encoding="utf-8")
+    for rules in ("_weather.yaml", "_soil.yaml", "_safety.yaml"):
+        shutil.copy(KNOWLEDGE_DIR / rules, tmp_path)
+    assert check_folder(tmp_path, pesticides).faults == ()
+    text = (tmp_path / name).read_text(encoding="utf-8")
+    assert old in text
+    (tmp_path / name).write_text(text.replace(old, new, 1), encoding="utf-8")
+    faults = [str(fault) for fault in check_folder(tmp_path, pesticides).faults]
+    assert faults and all(re.match(rf"{re.escape(str(tmp_path / name))}:\d+: ", fault) for fault in faults), faults
+    assert any(message in fault for fault in faults), faults
+
+
+def test_a_file_of_rules_that_is_missing_is_a_fault(tmp_path: Path, pesticides: PesticideList) -> None:
+    (tmp_path / "wheat.yaml").write_text(SMALL_CROP, encoding="utf-8")
+    assert [fault.path.name for fault in check_folder(tmp_path, pesticides).faults] == ["_soil.yaml", "_weather.yaml"]
+
+
+def test_faults_come_in_the_order_of_the_file(tmp_path: Path, pesticides: PesticideList) -> None:
+    unused = "".join(
+        f'  {key}: {{title: T, publisher: P, year: 2020, url: "https://a.example/{key}", read: page}}\n'
+        for key in "cdefgh"
+    )
+    (tmp_path / "wheat.yaml").write_text(SMALL_CROP + unused, encoding="utf-8")
+    lines = [fault.line for fault in check_files([tmp_path / "wheat.yaml"], pesticides).faults]
+    assert len(lines) == 6 and lines == sorted(lines)
+
+
 def test_files_that_cannot_be_read_are_refused_with_a_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no crop file"):
         load_knowledge(tmp_path)
@@ -275,6 +338,11 @@ def test_files_that_cannot_be_read_are_refused_with_a_line(tmp_path: Path) -> No
     path.write_bytes(b"crop:\n  id: \xff\xfe")
     with pytest.raises(UserError, match=r"wheat\.yaml:2: not UTF-8"):
         load_knowledge(tmp_path)
+    for odd in ("crop: {year: 2026-02-31}", "crop: !!bool maybe", "crop: &a [*a]", "[" * 20_000):
+        path.write_text(odd, encoding="utf-8")
+        with pytest.raises(UserError, match=r"wheat\.yaml.*: not valid YAML") as refused:
+            load_knowledge(tmp_path)
+        assert "\n" not in str(refused.value)
     path.write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=r"wheat\.yaml:1: "):
         load_knowledge(tmp_path)
@@ -288,7 +356,7 @@ def test_one_line_says_how_many_faults_there_are(tmp_path: Path) -> None:
     path.write_text(
         SMALL_CROP.replace("kind: fungal", "kind: magic").replace("read: excerpt", "read: dreamt"), encoding="utf-8"
     )
-    assert len(read_crop_file(path)[1]) == 2
+    assert len(read_crop_file(YamlFile(path))[1]) == 2
     with pytest.raises(UserError, match=r"and 1 more: python scripts/check_knowledge.py") as refused:
         load_knowledge(tmp_path)
     assert "\n" not in str(refused.value)
