@@ -15,7 +15,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,16 +25,31 @@ import torch
 from torch import Tensor
 
 from litgpt.chat import ROLES, Message, Rendered, Span, Tags, render
+from litgpt.packing import Lengths, bucket, pack, permutation
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError
 
+__all__ = [
+    "PADDING_DOCUMENT",
+    "WIDTH_MULTIPLE",
+    "Batch",
+    "Document",
+    "Loader",
+    "PackedLoader",
+    "Packing",
+    "Record",
+    "assemble",
+    "pack",
+    "parse_record",
+    "read_records",
+    "render_document",
+    "render_record",
+    "tags_of",
+]
+
 PADDING_DOCUMENT = -1
-# Rows that stay open for first-fit: enough for a few per cent of padding, few enough to keep the shuffled order.
-OPEN_ROWS = 64
 # A micro-batch is as wide as its fullest row, rounded up to this, so that shapes repeat.
 WIDTH_MULTIPLE = 64
-# Buckets are cut from this many steps' worth of shuffled documents: like lengths, and still a shuffled order.
-BUCKET_STEPS = 64
 END_OF_TEXT = "<|endoftext|>"
 
 Packing = Literal["pack", "bucket"]
@@ -245,39 +261,38 @@ def render_document(record: Record, tokenizer: Tokenizer) -> Document:
     return Document(torch.tensor(rendered.ids, dtype=torch.int32), torch.tensor(rendered.spans, dtype=torch.uint8))
 
 
-class PackedLoader:
-    """Rendered records as micro-batches, one epoch an iteration.
+class Loader(ABC):
+    """Micro-batches of one epoch after another, the same whoever asks, resumable after any of them.
 
     Every rank gets the same number of micro-batches: the last ones are filled up with empty rows, which weigh nothing
     in any loss, rather than by dropping or repeating dialogues.
 
     Args:
-        records: dialogues or texts; see `read_records`.
-        tokenizer: the student's.
-        max_seq_length: tokens in a row; a longer dialogue is left out and listed in `dropped`, never cut: a cut
-            dialogue loses its end-of-turn token and teaches not to stop.
+        max_seq_length: tokens in a row; a longer document is left out, never cut: a cut dialogue loses its end-of-turn
+            token and teaches not to stop.
         micro_batch_size: rows in a micro-batch.
         seed: with the epoch it determines the order.
-        shuffle: a new order each epoch; otherwise the order of `records`.
+        shuffle: a new order each epoch; otherwise that of the records.
         rank: this process, from 0.
         world_size: processes that share the data.
         packing: `pack` lays several documents into a row; `bucket` gives each a row of its own and puts rows of like
             length into one micro-batch.
-        documents: the records rendered already (`litgpt.rendered.render_records`); otherwise they are rendered here.
 
     Attributes:
-        records: the dialogues that fit, in their given order.
+        records: what `Batch.records` numbers.
         documents: the same, rendered.
-        dropped: ids of the dialogues that are too long.
+        dropped: ids of the records that are too long.
 
     Raises:
-        UserError: no dialogue fits, or an unknown packing.
+        UserError: an unknown packing.
     """
+
+    records: Sequence[Record]
+    documents: Sequence[Document]
+    dropped: list[str]
 
     def __init__(
         self,
-        records: Sequence[Record],
-        tokenizer: Tokenizer,
         *,
         max_seq_length: int,
         micro_batch_size: int,
@@ -286,7 +301,6 @@ class PackedLoader:
         rank: int = 0,
         world_size: int = 1,
         packing: Packing = "pack",
-        documents: Sequence[Document] | None = None,
     ) -> None:
         if packing not in get_args(Packing):
             raise UserError(f"packing {packing!r} is not known: choose one of {', '.join(get_args(Packing))}")
@@ -299,49 +313,34 @@ class PackedLoader:
         self.packing = packing
         self.epoch = 0
         self.position = 0
-        if documents is None:
-            documents = [render_document(record, tokenizer) for record in records]
-        self.records: list[Record] = []
-        self.documents: list[Document] = []
-        self.dropped: list[str] = []
-        shortest = 0
-        digest = hashlib.sha256()
-        for record, document in zip(records, documents, strict=True):
-            length = len(document.ids_T)
-            if length > max_seq_length:
-                self.dropped.append(record.id)
-                shortest = min(shortest or length, length)
-                continue
-            digest.update(length.to_bytes(8, "little") + document.ids_T.numpy().tobytes())
-            digest.update(document.spans_T.numpy().tobytes())
-            self.records.append(record)
-            self.documents.append(document)
-        if not self.documents:
-            raise UserError(
-                f"none of {len(self.dropped)} dialogues fits into {max_seq_length} tokens; "
-                f"the shortest has {shortest}: raise max_seq_length"
-            )
-        self._lengths = [len(document.ids_T) for document in self.documents]
-        self._digest = digest.hexdigest()
-        self._packed: tuple[int, list[list[int]]] | None = None
 
-    def say_dropped(self, what: str) -> None:
-        """One line on stderr if dialogues were left out."""
-        if self.dropped:
-            total = len(self.dropped) + len(self.records)
-            print(
-                f"{len(self.dropped)} of {total} {what} dialogues have more than {self.max_seq_length} tokens "
-                f"(max_seq_length) and are left out, e.g. {self.dropped[0]}",
-                file=sys.stderr,
-            )
-
+    @abstractmethod
     def __len__(self) -> int:
         """Micro-batches of the current epoch on this rank."""
-        return -(-len(self._rows()) // (self.micro_batch_size * self.world_size))
+
+    @property
+    @abstractmethod
+    def padding_share(self) -> float:
+        """Share of padding in the current epoch's micro-batches on all ranks, 0 … 1."""
+
+    @abstractmethod
+    def say_dropped(self, what: str) -> None:
+        """One line on stderr if dialogues were left out."""
+
+    @abstractmethod
+    def _batch(self, position: int) -> Batch: ...
+
+    @property
+    @abstractmethod
+    def _digest(self) -> str:
+        """Hash of the data."""
+
+    def _has(self, position: int) -> bool:
+        return position < len(self)
 
     def __iter__(self) -> Iterator[Batch]:
         """The remaining micro-batches of the current epoch; after the last the loader stands at the next epoch."""
-        while self.position < len(self):
+        while self._has(self.position):
             batch = self._batch(self.position)
             # Moved on before the batch is handed out: a state saved while it is in use does not give it out again.
             self.position += 1
@@ -353,14 +352,6 @@ class PackedLoader:
         """Micro-batches of one epoch after another, from the current position on."""
         while True:
             yield from self
-
-    @property
-    def padding_share(self) -> float:
-        """Share of padding in the current epoch's micro-batches on all ranks, 0 … 1."""
-        rows, size = self._rows(), self.micro_batch_size
-        groups = [rows[start : start + size] for start in range(0, len(rows), size)]
-        room = sum(size * self._width(group) for group in groups)
-        return 1 - sum(self._lengths[i] for row in rows for i in row) / room
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands: plain numbers and strings."""
@@ -391,6 +382,124 @@ class PackedLoader:
             "world_size": self.world_size,
         }
 
+    def _into_rows(self, order: Sequence[int], lengths: Lengths) -> list[list[int]]:
+        """Lay documents, by number in the order they come, into rows."""
+        if self.packing == "pack":
+            return pack(order, lengths, self.max_seq_length)
+        step = self.micro_batch_size * self.world_size
+        return bucket(order, lengths, step, seed=self.seed if self.shuffle else None, epoch=self.epoch)
+
+    def _own_rows(self, rows: Sequence[list[int]], position: int) -> list[list[int]]:
+        """Those of `rows` that are this rank's micro-batch number `position`."""
+        start = (position * self.world_size + self.rank) * self.micro_batch_size
+        return list(rows[start : start + self.micro_batch_size])
+
+    def _width(self, rows: Sequence[list[int]], lengths: Lengths) -> int:
+        fullest = max((sum(lengths[i] for i in row) for row in rows), default=0)
+        return min(self.max_seq_length, -(-max(fullest, 1) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
+
+    def _room(self, rows: Sequence[list[int]], lengths: Lengths) -> int:
+        """Places that rows take as micro-batches; without the empty micro-batches of an unfinished step."""
+        size = self.micro_batch_size
+        return sum(size * self._width(rows[start : start + size], lengths) for start in range(0, len(rows), size))
+
+
+class PackedLoader(Loader):
+    """Rendered records as micro-batches, one epoch an iteration.
+
+    Args:
+        records: dialogues or texts; see `read_records`.
+        tokenizer: the student's.
+        max_seq_length, micro_batch_size, seed, shuffle, rank, world_size, packing: see `Loader`.
+        documents: the records rendered already (`litgpt.rendered.render_records`); otherwise they are rendered here.
+
+    Attributes:
+        records: the dialogues that fit, in their given order.
+        documents: the same, rendered.
+        dropped: ids of the dialogues that are too long.
+
+    Raises:
+        UserError: no dialogue fits, or an unknown packing.
+    """
+
+    records: list[Record]
+    documents: list[Document]
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        tokenizer: Tokenizer,
+        *,
+        max_seq_length: int,
+        micro_batch_size: int,
+        seed: int = 1337,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        packing: Packing = "pack",
+        documents: Sequence[Document] | None = None,
+    ) -> None:
+        super().__init__(
+            max_seq_length=max_seq_length,
+            micro_batch_size=micro_batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            rank=rank,
+            world_size=world_size,
+            packing=packing,
+        )
+        if documents is None:
+            documents = [render_document(record, tokenizer) for record in records]
+        kept: list[Record] = []
+        kept_documents: list[Document] = []
+        self.dropped = []
+        shortest = 0
+        digest = hashlib.sha256()
+        for record, document in zip(records, documents, strict=True):
+            length = len(document.ids_T)
+            if length > max_seq_length:
+                self.dropped.append(record.id)
+                shortest = min(shortest or length, length)
+                continue
+            digest.update(length.to_bytes(8, "little") + document.ids_T.numpy().tobytes())
+            digest.update(document.spans_T.numpy().tobytes())
+            kept.append(record)
+            kept_documents.append(document)
+        self.records, self.documents = kept, kept_documents
+        if not kept:
+            raise UserError(
+                f"none of {len(self.dropped)} dialogues fits into {max_seq_length} tokens; "
+                f"the shortest has {shortest}: raise max_seq_length"
+            )
+        self._lengths = [len(document.ids_T) for document in self.documents]
+        self._sha256 = digest.hexdigest()
+        self._packed: tuple[int, list[list[int]]] | None = None
+
+    def say_dropped(self, what: str) -> None:
+        """One line on stderr if dialogues were left out."""
+        if self.dropped:
+            total = len(self.dropped) + len(self.records)
+            print(
+                f"{len(self.dropped)} of {total} {what} dialogues have more than {self.max_seq_length} tokens "
+                f"(max_seq_length) and are left out, e.g. {self.dropped[0]}",
+                file=sys.stderr,
+            )
+
+    def __len__(self) -> int:
+        """Micro-batches of the current epoch on this rank."""
+        return -(-len(self._rows()) // (self.micro_batch_size * self.world_size))
+
+    @property
+    def padding_share(self) -> float:
+        """Share of padding in the current epoch's micro-batches on all ranks, 0 … 1."""
+        rows = self._rows()
+        room = self._room(rows, self._lengths)
+        return 1 - sum(self._lengths[i] for row in rows for i in row) / room
+
+    @property
+    def _digest(self) -> str:
+        return self._sha256
+
     def _rows(self) -> list[list[int]]:
         """Record numbers of each row of the current epoch, the same on every rank."""
         if self._packed is None or self._packed[0] != self.epoch:
@@ -398,105 +507,50 @@ class PackedLoader:
         return self._packed[1]
 
     def _lay_out(self) -> list[list[int]]:
-        return self._into_rows(permutation(len(self.documents), self.seed, self.epoch, shuffle=self.shuffle))
-
-    def _into_rows(self, order: Sequence[int]) -> list[list[int]]:
-        if self.packing == "pack":
-            return pack(order, self._lengths, self.max_seq_length)
-        step = self.micro_batch_size * self.world_size
-        return bucket(order, self._lengths, step, seed=self.seed if self.shuffle else None, epoch=self.epoch)
+        order = permutation(len(self.documents), self.seed, self.epoch, shuffle=self.shuffle)
+        return self._into_rows(order, self._lengths)
 
     def _source_of(self, record: int) -> int:
         """Number of the source of a record."""
         return 0
 
-    def _width(self, rows: list[list[int]]) -> int:
-        fullest = max((sum(self._lengths[i] for i in row) for row in rows), default=0)
-        return min(self.max_seq_length, -(-max(fullest, 1) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
-
     def _batch(self, position: int) -> Batch:
-        size = self.micro_batch_size
-        start = (position * self.world_size + self.rank) * size
-        rows = self._rows()[start : start + size]
-        shape = (size, self._width(rows))
-        batch = Batch(
-            ids_BT=torch.zeros(shape, dtype=torch.int64),
-            spans_BT=torch.full(shape, Span.PAD, dtype=torch.uint8),
-            documents_BT=torch.full(shape, PADDING_DOCUMENT, dtype=torch.int32),
-            records=[*rows, *([] for _ in range(size - len(rows)))],
-            sources=[*(self._source_of(row[0]) if row else -1 for row in rows), *([-1] * (size - len(rows)))],
-        )
-        for b, row in enumerate(rows):
-            start = 0
-            for number, record in enumerate(row):
-                document = self.documents[record]
-                place = slice(start, start + len(document.ids_T))
-                batch.ids_BT[b, place] = document.ids_T.long()
-                batch.spans_BT[b, place] = document.spans_T
-                batch.documents_BT[b, place] = number
-                start = place.stop
-        return batch
+        rows = self._own_rows(self._rows(), position)
+        sources = [self._source_of(row[0]) for row in rows]
+        return assemble(rows, self.documents, self.micro_batch_size, self._width(rows, self._lengths), sources)
 
 
-def permutation(n: int, seed: int, epoch: int, *, shuffle: bool = True) -> list[int]:
-    """The numbers below `n` in an order that seed and epoch determine, or in their own."""
-    if not shuffle:
-        return list(range(n))
-    order: list[int] = torch.randperm(n, generator=generator(seed, epoch)).tolist()
-    return order
-
-
-def generator(seed: int, epoch: int) -> torch.Generator:
-    """Random numbers for one epoch. A generator takes one number; multiplying keeps neighbours apart."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-
-
-def bucket(
-    order: Sequence[int], lengths: Sequence[int], step: int, *, seed: int | None, epoch: int = 0
-) -> list[list[int]]:
-    """Rows of one item each, those of like length together.
+def assemble(
+    rows: Sequence[list[int]],
+    documents: Sequence[Document] | Mapping[int, Document],
+    size: int,
+    width: int,
+    sources: Sequence[int],
+) -> Batch:
+    """Lay documents into the tensors of a micro-batch.
 
     Args:
-        order: item numbers in the order they come.
-        lengths: length of each item by its number.
-        step: rows that all ranks work on at one time; they get like lengths.
-        seed: with the epoch it shuffles the steps; `None` leaves them.
-        epoch: see `seed`.
-
-    Returns:
-        the rows; an unfinished step comes last.
+        rows: numbers of the documents of each row.
+        documents: by number.
+        size: rows of the micro-batch; those beyond `rows` stay empty.
+        width: tokens in a row.
+        sources: number of the source of each of `rows`.
     """
-    window = step * BUCKET_STEPS
-    windows = [order[start : start + window] for start in range(0, len(order), window)]
-    # Python's sort is stable, so equal lengths keep the shuffled order.
-    sorted_items = [item for chosen in windows for item in sorted(chosen, key=lambda item: lengths[item])]
-    steps = [sorted_items[start : start + step] for start in range(0, len(sorted_items), step)]
-    whole = len(sorted_items) // step
-    shuffled = range(whole) if seed is None else permutation(whole, seed, epoch)
-    return [[item] for number in [*shuffled, *range(whole, len(steps))] for item in steps[number]]
-
-
-def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put items into rows, each into the first open row that has room for it (first-fit over a window).
-
-    Args:
-        order: item numbers in the order they come.
-        lengths: length of each item by its number, none above `capacity`.
-        capacity: length of a row.
-
-    Returns:
-        the rows in the order they were opened.
-    """
-    rows: list[list[int]] = []
-    room: dict[int, int] = {}  # open row → length left
-    for item in order:
-        row = next((row for row, left in room.items() if left >= lengths[item]), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            room[row] = capacity
-            if len(room) > OPEN_ROWS:
-                del room[next(iter(room))]
-        rows[row].append(item)
-        room[row] -= lengths[item]
-    return rows
+    empty = size - len(rows)
+    batch = Batch(
+        ids_BT=torch.zeros(size, width, dtype=torch.int64),
+        spans_BT=torch.full((size, width), Span.PAD, dtype=torch.uint8),
+        documents_BT=torch.full((size, width), PADDING_DOCUMENT, dtype=torch.int32),
+        records=[*rows, *([] for _ in range(empty))],
+        sources=[*sources, *([-1] * empty)],
+    )
+    for b, row in enumerate(rows):
+        start = 0
+        for number, record in enumerate(row):
+            document = documents[record]
+            place = slice(start, start + len(document.ids_T))
+            batch.ids_BT[b, place] = document.ids_T.long()
+            batch.spans_BT[b, place] = document.spans_T
+            batch.documents_BT[b, place] = number
+            start = place.stop
+    return batch

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from litgpt.chat import Span
-from litgpt.data import Document, PackedLoader, Packing, Record, bucket, generator, pack, permutation
+from litgpt.data import Document, PackedLoader, Packing, Record
+from litgpt.packing import generator, pack, permutation
 from litgpt.rendered import RenderSettings, read_rendered
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError
@@ -183,7 +184,7 @@ class MixtureLoader(PackedLoader):
         room, filled, seen = ([0] * len(self.sources) for _ in range(3))
         for start in range(0, len(rows), size):
             group = rows[start : start + size]
-            width = self._width(group)
+            width = self._width(group, self._lengths)
             for row in group:
                 s, tokens = self._source_of(row[0]), sum(self._lengths[i] for i in row)
                 room[s] += width
@@ -264,9 +265,7 @@ class MixtureLoader(PackedLoader):
         merged = [row for _, _, row in sorted(placed, key=lambda entry: entry[:2])]
         if self.packing == "pack":
             return merged
-        step = self.micro_batch_size * self.world_size
-        order = [row[0] for row in merged]
-        return bucket(order, self._lengths, step, seed=self.seed if self.shuffle else None, epoch=self.epoch)
+        return self._into_rows([row[0] for row in merged], self._lengths)
 
 
 def _check(source: Source, max_seq_length: int) -> None:

@@ -2,7 +2,7 @@
 
 A cache file is called by a hash of everything that the ids follow from: the bytes of the data file, the tokenizer with
 its added tokens, the tags, and the versions of this rendering and of the `tokenizers` library. It is one safetensors
-file, written whole and memory-mapped when read. Two processes may race for it: both write the same bytes, and the
+file, written whole and memory-mapped when read. Two processes may race for it: both write the same tensors, and the
 later rename wins. A file that is broken is made anew. Nothing ever deletes old ones: the folder may be emptied at will.
 """
 
@@ -180,7 +180,12 @@ def _join(pieces: Iterable[_Piece]) -> Flat:
 
 
 def _key(path: Path, tokenizer: Tokenizer) -> str:
-    parts = [f"{RENDERING_VERSION} {tokenizers.__version__} {tags_of(tokenizer)} {tokenizer.eos_id}", sha256_file(path)]
+    return hashlib.sha256(f"{rendering_sha256(tokenizer)} {sha256_file(path)}".encode()).hexdigest()
+
+
+def rendering_sha256(tokenizer: Tokenizer) -> str:
+    """Hash of all that the ids follow from beside the text: the tokenizer, its added tokens, tags and versions."""
+    parts = [f"{RENDERING_VERSION} {tokenizers.__version__} {tags_of(tokenizer)} {tokenizer.eos_id}"]
     # Saved first: tokens may have been added since the tokenizer was read.
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
