@@ -233,6 +233,16 @@ def test_an_answer_cannot_open_a_thought(advisor: Advisor) -> None:
     assert reply.text == first * 2
 
 
+def test_a_fresh_mixture_does_not_think_in_the_tags_of_its_base(advisor: Advisor) -> None:
+    """Its <thought> rows are near copies of <think>, so both are likely: only the first are its own, everywhere."""
+    scripted(advisor, "<thought>", "<think>", "</think>", "x", "</thought>", "<think>", "</think>", "<|im_end|>")
+    reply = advisor.ask(QUESTION, show_thought=True)
+    first = advisor.tokenizer.decode([0])
+    assert (reply.thought, reply.text) == (first * 2 + "x", first * 2)
+    script = scripted(advisor, "<think>", "<|im_end|>")
+    assert (advisor.ask(QUESTION).text, script.script) == (first, [])
+
+
 def test_a_checkpoint_that_began_as_a_base_model_ends_its_turn(tmp_path: Path) -> None:
     """Its files name <|endoftext|> alone; the dialogues end with <|im_end|>."""
     advisor = Advisor(tiny_checkpoint(tmp_path, eos_token="<|endoftext|>"), device="cpu")
