@@ -25,6 +25,7 @@ from advisory import advice, guard
 from advisory.case import chemical_hi, listed_chemicals, oblique
 from advisory.facts import Facts
 from advisory.knowledge import bare_words
+from advisory.likeness import dice, trigrams
 from advisory.soil import SOIL_FLAG_HI
 
 SAME_FACT = 0.6
@@ -192,8 +193,8 @@ class Examiner:
     def _nearest(self, words: str, crop_id: str) -> tuple[float, frozenset[str]]:
         """How near the nearest fact of the crop comes, and the problems it belongs to ("" for a general one)."""
         if (words, crop_id) not in self._found:
-            grams = _grams(words)
-            found = ((_dice(grams, fact), owners) for owners, fact in self._corpus(crop_id))
+            grams = _trigrams(words)
+            found = ((dice(grams, fact), owners) for owners, fact in self._corpus(crop_id))
             self._found[words, crop_id] = max(found, key=lambda near: near[0], default=(0.0, frozenset()))
         return self._found[words, crop_id]
 
@@ -204,7 +205,7 @@ class Examiner:
             for problem_id, text in self._texts(crop_id):
                 for sentence in split(text):
                     owners.setdefault(bare_words(sentence), set()).add(problem_id)
-            self._told[crop_id] = [(frozenset(ids), _grams(sentence)) for sentence, ids in owners.items()]
+            self._told[crop_id] = [(frozenset(ids), _trigrams(sentence)) for sentence, ids in owners.items()]
         return self._told[crop_id]
 
     def _texts(self, crop_id: str) -> Iterable[tuple[str, str]]:
@@ -350,25 +351,17 @@ def split(text: str) -> list[str]:
 
 def tells(fact: str, sentences: Sequence[str]) -> bool:
     """Whether one of the sentences, or all of them for a fact of several, says a fact."""
-    grams = [_grams(bare_words(part)) for part in split(fact)]
-    told = [_grams(bare_words(sentence)) for sentence in sentences]
-    return bool(grams) and all(any(_dice(part, other) >= SAME_FACT for other in told) for part in grams)
+    grams = [_trigrams(bare_words(part)) for part in split(fact)]
+    told = [_trigrams(bare_words(sentence)) for sentence in sentences]
+    return bool(grams) and all(any(dice(part, other) >= SAME_FACT for other in told) for part in grams)
 
 
 def overlap(a: str, b: str) -> float:
     """Dice overlap of two texts' letter trigrams, 0 … 1."""
-    return _dice(_grams(bare_words(a)), _grams(bare_words(b)))
+    return dice(_trigrams(bare_words(a)), _trigrams(bare_words(b)))
 
 
-@lru_cache(maxsize=200_000)
-def _grams(words: str) -> frozenset[str]:
-    return frozenset(words[start : start + 3] for start in range(len(words) - 2))
-
-
-def _dice(a: frozenset[str], b: frozenset[str]) -> float:
-    return 2 * len(a & b) / (len(a) + len(b)) if a and b else 0.0
-
-
+_trigrams = lru_cache(maxsize=20_000)(trigrams)  # facts and sentences come back, record after record
 _metric: Callable[..., Any] = CHRF(word_order=2).sentence_score
 
 
