@@ -15,7 +15,8 @@ from typing import Literal
 
 from advisory.case import Applied, FarmCase, chemical_hi, oblique
 from advisory.facts import Facts
-from advisory.knowledge import Amount, Chemical, Crop, Problem, bare_words
+from advisory.knowledge import Chemical, Crop, Problem, bare_words
+from advisory.likeness import dice, trigrams
 from advisory.soil import SOIL_FLAG_HI
 
 MAX_WORDS = 120
@@ -207,10 +208,10 @@ def owner(crop_id: str, words: str, facts: Facts) -> Problem | None:
 
 @lru_cache(maxsize=100_000)
 def _owner(crop_id: str, words: str, facts: Facts) -> str | None:
-    grams = _trigrams(words)
+    grams = trigrams(words)
     best, found = SAME_SIGN, None
     for other, problem_id in _phrasings(crop_id, facts):
-        score = 2 * len(grams & other) / (len(grams) + len(other))
+        score = dice(grams, other)
         if score > best:
             best, found = score, problem_id
     return found
@@ -220,14 +221,10 @@ def _owner(crop_id: str, words: str, facts: Facts) -> str | None:
 def _phrasings(crop_id: str, facts: Facts) -> tuple[tuple[frozenset[str], str], ...]:
     """The trigrams of every known phrasing of a crop, and whose it is."""
     return tuple(
-        (_trigrams(bare_words(symptom)), problem.id)
+        (trigrams(bare_words(symptom)), problem.id)
         for problem in facts.knowledge.of_crop(crop_id)
         for symptom in problem.symptoms_hi
     )
-
-
-def _trigrams(words: str) -> frozenset[str]:
-    return frozenset(words[start : start + 3] for start in range(len(words) - 2))
 
 
 def _told_apart(a: Problem, b: Problem) -> bool:
@@ -459,8 +456,3 @@ def _known_en(case: FarmCase, facts: Facts) -> str:
         return f"Crop {crop.id}, age not given. "
     stage = crop.stage(case.age_days)
     return f"Crop {crop.id}, {case.age_days} days{f' ({stage.id.replace(chr(95), chr(32))})' if stage else ''}. "
-
-
-def allowed_amounts(advice: Advice) -> tuple[Amount, ...]:
-    """Every amount that the answer may name."""
-    return tuple(amount for chemical in advice.table for amount in (chemical.dose, chemical.water) if amount)

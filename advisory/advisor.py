@@ -98,6 +98,9 @@ class Advisor:
         self.tokenizer = Tokenizer(directory)
         self.tags = tags_of(self.tokenizer)
         self._opening, self._closing = tag_ids(self.tokenizer, self.tags)
+        # A mixture fresh from upcycling knows <thought> as near copies of <think>: of the two it must take its own.
+        foreign = self.tokenizer.think_ids if self.tags == "thought" else None
+        self._foreign = frozenset(foreign or ())
         self.model = load_model(directory, device=parse_device(device), dtype=dtype)
         rows = self.model.config.padded_vocab_size
         if self.tokenizer.vocab_size > rows:
@@ -185,12 +188,13 @@ class Advisor:
 
         rows = range(len(ids))
         if self.thinking and rows:
-            go_on(rows, 1, Span.THOUGHT, (), (self._closing,))
+            go_on(rows, 1, Span.THOUGHT, (), {self._closing, *self._foreign})
             thinking = [row for row in rows if ids[row][-1] == self._opening]
             for row in set(rows) - set(thinking):
                 spoken[row] = [(Span.ANSWER, ids[row][-1])]
             stops = {*self._stop_ids, self._closing}
-            go_on(thinking, min(self.max_thought_tokens, room // 2), Span.THOUGHT, stops, (self._opening,))
+            forbidden = {self._opening, *self._foreign}
+            go_on(thinking, min(self.max_thought_tokens, room // 2), Span.THOUGHT, stops, forbidden)
             newline, blank_line = self.tokenizer.encode("\n"), self.tokenizer.encode("\n\n")
             for row in thinking:
                 if ids[row][-1] in self._stop_ids:
@@ -200,7 +204,7 @@ class Advisor:
                 ids[row] += put_in
                 spoken[row] += [(Span.PROMPT, index) for index in put_in]
         begun = [row for row in rows if spoken[row] and spoken[row][-1][0] == Span.ANSWER]
-        n_answer, forbidden = self.max_new_tokens, (self._opening, self._closing)
+        n_answer, forbidden = self.max_new_tokens, {self._opening, self._closing, *self._foreign}
         go_on([row for row in rows if row not in begun], n_answer, Span.ANSWER, self._stop_ids, forbidden)
         going_on = [row for row in begun if ids[row][-1] not in self._stop_ids]
         if n_answer > 1:
@@ -256,11 +260,12 @@ class Advisor:
 
         n_answer = self.max_new_tokens
         if self.thinking:
-            (first,) = go_on(1, stop_ids=(), forbidden_ids=(self._closing,))
+            (first,) = go_on(1, stop_ids=(), forbidden_ids={self._closing, *self._foreign})
             if first == self._opening:
                 yield Span.THOUGHT, first
                 closed = False
-                for index in go_on(max_thought, stop_ids={*self._stop_ids, self._closing}, forbidden_ids=(first,)):
+                stops = {*self._stop_ids, self._closing}
+                for index in go_on(max_thought, stop_ids=stops, forbidden_ids={first, *self._foreign}):
                     if index in self._stop_ids:
                         ids.pop()  # the turn is not over: the answer is still to come
                         break
@@ -274,7 +279,8 @@ class Advisor:
                 n_answer -= 1
                 if first in self._stop_ids or n_answer == 0:
                     return
-        for index in go_on(n_answer, stop_ids=self._stop_ids, forbidden_ids=(self._opening, self._closing)):
+        forbidden = {self._opening, self._closing, *self._foreign}
+        for index in go_on(n_answer, stop_ids=self._stop_ids, forbidden_ids=forbidden):
             yield Span.ANSWER, index
 
     def _pieces(self, tokens: Iterable[tuple[Span, int]]) -> Iterator[Piece]:

@@ -14,7 +14,6 @@ from advisory.questions import STYLES
 from litgpt.tokenizer import Tokenizer
 
 EXAMPLES = 10
-PIECES = ("question", "thought", "answer")
 
 
 def lengths(records: Sequence[Record], tokenizer: Tokenizer | None) -> dict[str, np.ndarray]:

@@ -26,6 +26,7 @@ from advisory.knowledge import (
     crop_paths,
     read_crop_file,
 )
+from advisory.likeness import jaccard, trigrams
 from advisory.pesticides import PesticideList
 from advisory.soil import SOIL_FILE, SoilFile
 from advisory.texts import bare_words
@@ -172,22 +173,13 @@ def symptom_faults(problems: tuple[Problem, ...]) -> Iterator[tuple[Loc, str]]:
     for number, problem in enumerate(problems):
         looks = {look.id for look in problem.look_alikes}
         for n, symptom in enumerate(problem.symptoms_hi):
-            grams = _trigrams(symptom)
+            grams = trigrams(bare_words(symptom))
             for other, other_grams, other_symptom in seen:
                 told_apart = other.id in looks or problem.id in {look.id for look in other.look_alikes}
-                if other.id != problem.id and not told_apart and _jaccard(grams, other_grams) >= SAME_SYMPTOM:
+                if other.id != problem.id and not told_apart and jaccard(grams, other_grams) >= SAME_SYMPTOM:
                     what = f"{symptom!r} stands in {other.id} as {other_symptom!r}, and no check tells the two apart"
                     yield ("problems", number, "symptoms_hi", n), what
             seen.append((problem, grams, symptom))
-
-
-def _trigrams(text: str) -> frozenset[str]:
-    text = bare_words(text)
-    return frozenset(text[start : start + 3] for start in range(len(text) - 2))
-
-
-def _jaccard(a: frozenset[str], b: frozenset[str]) -> float:
-    return len(a & b) / len(a | b)
 
 
 def problem_texts(problem: Problem) -> Iterator[tuple[Loc, str]]:

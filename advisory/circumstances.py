@@ -57,7 +57,7 @@ def card(problem: Problem, facts: Facts, rng: Random) -> SoilCard:
     return replace(card, readings={key: reading for key, reading in card.readings.items() if key in kept})
 
 
-def weather(problem: Problem, rng: Random) -> WeatherReport:
+def weather(rng: Random) -> WeatherReport:
     """What a person says of the weather, or a forecast of some hours ago."""
     if rng.random() < 0.75:
         flags = [rng.choice(STATES)]
@@ -75,7 +75,7 @@ def weather(problem: Problem, rng: Random) -> WeatherReport:
     )
 
 
-def applied(problem: Problem, rng: Random) -> tuple[Applied, ...]:
+def applied(rng: Random) -> tuple[Applied, ...]:
     days = rng.choice((1, 2, 3, 5, 8, 15))
     return (
         rng.choice((Applied("fertiliser", days, "यूरिया"), Applied("pesticide", days), Applied("irrigation", days))),

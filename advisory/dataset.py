@@ -177,10 +177,8 @@ class _Split:
             if self.kept == "test" and not lines:
                 told = True
             card = circumstances.card(problem, self.facts, rng) if (lines or told) and rng.random() < 0.45 else None
-            weather = (
-                circumstances.weather(problem, rng) if (lines or told) and rng.random() < 0.85 else WeatherReport()
-            )
-            applied = circumstances.applied(problem, rng) if (lines or told) and rng.random() < 0.1 else ()
+            weather = circumstances.weather(rng) if (lines or told) and rng.random() < 0.85 else WeatherReport()
+            applied = circumstances.applied(rng) if (lines or told) and rng.random() < 0.1 else ()
             table = circumstances.table(problem, rng) if lines and rng.random() < 0.15 else ()
             case = FarmCase(
                 crop=crop.id, age_days=age, symptoms=symptoms, soil=card, weather=weather, applied=applied, table=table,

@@ -25,6 +25,7 @@ from advisory import advice, guard
 from advisory.case import chemical_hi, listed_chemicals, oblique
 from advisory.facts import Facts
 from advisory.knowledge import bare_words
+from advisory.likeness import dice, trigrams
 from advisory.soil import SOIL_FLAG_HI
 
 SAME_FACT = 0.6
@@ -192,8 +193,8 @@ class Examiner:
     def _nearest(self, words: str, crop_id: str) -> tuple[float, frozenset[str]]:
         """How near the nearest fact of the crop comes, and the problems it belongs to ("" for a general one)."""
         if (words, crop_id) not in self._found:
-            grams = _grams(words)
-            found = ((_dice(grams, fact), owners) for owners, fact in self._corpus(crop_id))
+            grams = _trigrams(words)
+            found = ((dice(grams, fact), owners) for owners, fact in self._corpus(crop_id))
             self._found[words, crop_id] = max(found, key=lambda near: near[0], default=(0.0, frozenset()))
         return self._found[words, crop_id]
 
@@ -204,7 +205,7 @@ class Examiner:
             for problem_id, text in self._texts(crop_id):
                 for sentence in split(text):
                     owners.setdefault(bare_words(sentence), set()).add(problem_id)
-            self._told[crop_id] = [(frozenset(ids), _grams(sentence)) for sentence, ids in owners.items()]
+            self._told[crop_id] = [(frozenset(ids), _trigrams(sentence)) for sentence, ids in owners.items()]
         return self._told[crop_id]
 
     def _texts(self, crop_id: str) -> Iterable[tuple[str, str]]:
@@ -269,7 +270,7 @@ class Examiner:
         return False
 
 
-def twin_scores(records: Sequence[Mapping[str, Any]], replies: Sequence[Reply]) -> list[float]:
+def twin_scores(records: Sequence[Mapping[str, Any]], replies: Sequence[Reply]) -> dict[str, float]:
     """For each whole pair of twins: 1 where the sentence stands in the one reply and not in the other."""
     pairs: dict[str, dict[str, float]] = {}
     for record, reply in zip(records, replies, strict=True):
@@ -277,7 +278,7 @@ def twin_scores(records: Sequence[Mapping[str, Any]], replies: Sequence[Reply]) 
         if twin:
             present = tells(twin["sentence"], split(reply.text))
             pairs.setdefault(twin["pair"], {})[twin["side"]] = float(present == twin["present"])
-    return [float(all(sides.values())) for sides in pairs.values() if len(sides) == 2]
+    return {pair: float(all(sides.values())) for pair, sides in pairs.items() if len(sides) == 2}
 
 
 def examine(
@@ -290,7 +291,7 @@ def examine(
         records: the questions.
         runs: one list of replies a run; a record counts with its mean over all runs.
     """
-    return summary(records, runs, record_scores(examiner, records, runs))
+    return summary(check_values(records, runs, record_scores(examiner, records, runs)))
 
 
 def record_scores(
@@ -309,14 +310,41 @@ def record_scores(
     return scored
 
 
-def summary(
+def check_values(
     records: Sequence[Mapping[str, Any]], runs: Sequence[Sequence[Reply]], scored: Sequence[Mapping[str, float]]
-) -> dict[str, Score]:
-    """Means and intervals over records (twins: over pairs) of what `record_scores` gave for them."""
-    values = {name: [scores[name] for scores in scored if name in scores] for name in HIGHER_IS_BETTER}
-    pairs = np.asarray([twin_scores(records, replies) for replies in runs], dtype=np.float64)
-    values["twins_told_apart"] = pairs.mean(axis=0).tolist()
-    return {name: interval(found) for name, found in values.items() if found}
+) -> dict[str, dict[str, float]]:
+    """Check → id of the record → mean over the runs, of what `record_scores` gave for them (twins: id of the pair)."""
+    values = {
+        name: {record["id"]: scores[name] for record, scores in zip(records, scored, strict=True) if name in scores}
+        for name in HIGHER_IS_BETTER
+    }
+    pairs = [twin_scores(records, replies) for replies in runs]
+    values["twins_told_apart"] = {pair: sum(run[pair] for run in pairs) / len(pairs) for pair in pairs[0]}
+    return {name: found for name, found in values.items() if found}
+
+
+def summary(values: Mapping[str, Mapping[str, float]]) -> dict[str, Score]:
+    """Mean and interval of every check."""
+    return {name: interval(list(found.values())) for name, found in values.items()}
+
+
+def differences(a: Mapping[str, Mapping[str, float]], b: Mapping[str, Mapping[str, float]]) -> dict[str, Score]:
+    """How much better `a` did than `b`, question by question: a paired bootstrap (Koehn 2004) of every check.
+
+    Positive is better for `a`, whichever way is good. Pairing takes out what the questions themselves vary by, so it
+    sees smaller differences than two intervals side by side.
+
+    Args:
+        a: as `check_values` gives them.
+        b: of another adviser; questions that only one of them was asked do not count.
+    """
+    found: dict[str, Score] = {}
+    for name, higher in HIGHER_IS_BETTER.items():
+        mine, others = a.get(name, {}), b.get(name, {})
+        gains = [(mine[key] - others[key]) * (1 if higher else -1) for key in mine if key in others]
+        if gains:
+            found[name] = interval(gains)
+    return found
 
 
 def interval(values: Sequence[float], *, seed: int = 0) -> Score:
@@ -350,25 +378,17 @@ def split(text: str) -> list[str]:
 
 def tells(fact: str, sentences: Sequence[str]) -> bool:
     """Whether one of the sentences, or all of them for a fact of several, says a fact."""
-    grams = [_grams(bare_words(part)) for part in split(fact)]
-    told = [_grams(bare_words(sentence)) for sentence in sentences]
-    return bool(grams) and all(any(_dice(part, other) >= SAME_FACT for other in told) for part in grams)
+    grams = [_trigrams(bare_words(part)) for part in split(fact)]
+    told = [_trigrams(bare_words(sentence)) for sentence in sentences]
+    return bool(grams) and all(any(dice(part, other) >= SAME_FACT for other in told) for part in grams)
 
 
 def overlap(a: str, b: str) -> float:
     """Dice overlap of two texts' letter trigrams, 0 … 1."""
-    return _dice(_grams(bare_words(a)), _grams(bare_words(b)))
+    return dice(_trigrams(bare_words(a)), _trigrams(bare_words(b)))
 
 
-@lru_cache(maxsize=200_000)
-def _grams(words: str) -> frozenset[str]:
-    return frozenset(words[start : start + 3] for start in range(len(words) - 2))
-
-
-def _dice(a: frozenset[str], b: frozenset[str]) -> float:
-    return 2 * len(a & b) / (len(a) + len(b)) if a and b else 0.0
-
-
+_trigrams = lru_cache(maxsize=20_000)(trigrams)  # facts and sentences come back, record after record
 _metric: Callable[..., Any] = CHRF(word_order=2).sentence_score
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from advisory.exam import HIGHER_IS_BETTER, LABELS, Score
+from advisory.exam import HIGHER_IS_BETTER, LABELS, Score, differences
 
 SPLIT_NAMES = ("test", "test_counterfactual", "test_safety", "test_hinglish")
 
@@ -18,7 +18,7 @@ def to_json(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, dict[str, di
 
 
 def table(exams: Sequence[Mapping[str, Any]]) -> str:
-    """All advisers side by side in Markdown, over all splits, and the causes by split."""
+    """All advisers side by side in Markdown, causes also by split; then the last one against each other, in a line."""
     names = [exam["name"] for exam in exams]
     lines = ["| check | good is | " + " | ".join(names) + " |", "| --- | --- |" + " --- |" * len(names)]
     for name, higher in HIGHER_IS_BETTER.items():
@@ -31,7 +31,20 @@ def table(exams: Sequence[Mapping[str, Any]]) -> str:
             lines.append(f"| {LABELS['cause_top1']}, {split} | high | " + " | ".join(cells) + " |")
     counts = {exam["scores"]["all"]["length_fits"]["count"] for exam in exams}
     lines += ["", f"Per cent with a 95 % bootstrap interval; {' or '.join(map(str, sorted(counts)))} replies each."]
+    lines += [line for other in exams[:-1] for line in ("", compared(exams[-1], other))]
     return "\n".join(lines) + "\n"
+
+
+def compared(exam: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """One line: on which checks the one is better or worse than the other, where the paired interval leaves out 0."""
+    gains = differences(exam["values"], other["values"])
+    better = [f"{LABELS[name]} (+{100 * gain.value:.1f})" for name, gain in gains.items() if gain.low > 0]
+    worse = [f"{LABELS[name]} (-{-100 * gain.value:.1f})" for name, gain in gains.items() if gain.high < 0]
+    return (
+        f"{exam['name']} against {other['name']}, question by question: better on {', '.join(better) or 'nothing'}; "
+        f"worse on {', '.join(worse) or 'nothing'}; no sure difference on the other "
+        f"{len(gains) - len(better) - len(worse)} checks."
+    )
 
 
 def _cell(score: Mapping[str, float] | None) -> str:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from advisory.names import NameIndex
-from advisory.normalise import match_key, normalise_hindi, scrub_personal
+from advisory.normalise import match_key, normalise_hindi
+from advisory.personal import scrub_personal
 from advisory.pesticides import PesticideList
 from advisory.subject import Text, clean_text, is_empty, is_personal, is_price, is_weather
 from advisory.tables import Broken, Raw

@@ -12,7 +12,7 @@ from random import Random
 from advisory import hinglish
 from advisory.case import APPLIED_HI, FarmCase, oblique
 from advisory.facts import Facts
-from advisory.knowledge import Crop, clean
+from advisory.knowledge import Crop
 
 STYLES = ("plain", "hinglish", "mixed", "typo", "dialect", "voice")
 """Devanagari as written; Roman letters; both in one sentence; slips of typing; dialect words; a voice transcript."""
@@ -178,15 +178,3 @@ def with_mark(question: str, rng: Random) -> str:
     """The question with its question mark, a danda, or neither."""
     asks = any(word in question.split() for word in _ASKING)
     return question + rng.choice(("?" if asks else "।", ""))
-
-
-def bare(text: str) -> str:
-    """A question without greeting, punctuation and case lines: what two wordings are compared by."""
-    words = clean(text.split("\n")[0])
-    for greeting in _BY_LENGTH:
-        words = words.removeprefix(greeting).strip()
-    return " ".join(words.translate(_NO_MARKS).split())
-
-
-_BY_LENGTH = sorted({clean(greeting) for greeting in GREETINGS if greeting}, key=len, reverse=True)
-_NO_MARKS = str.maketrans(dict.fromkeys("।?,.!", " "))

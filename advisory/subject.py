@@ -10,7 +10,8 @@ import functools
 import re
 from typing import NamedTuple
 
-from advisory.normalise import MASKS, is_lost, language, match_key, normalise_hindi, scrub_personal, words_of
+from advisory.normalise import is_lost, language, match_key, normalise_hindi, words_of
+from advisory.personal import MASKS, scrub_personal
 
 CACHED_TEXTS = 1 << 14
 """Texts whose cleaned form is remembered; farmers ask the same again and again."""

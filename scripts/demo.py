@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from advisory.exam import HIGHER_IS_BETTER
+from advisory.exam_report import compared
 from litgpt.utils import UserError, run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,7 +98,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def examine(advisers: dict[str, Path], out_dir: Path) -> dict[str, dict[str, Any]]:
-    """Put the exam to each adviser; the last one's table shows them all. Returns each one's checks over all splits."""
+    """Put the exam to each adviser; the last one's table shows them all. Returns each one's `exam.json`."""
     exams: list[Path] = []
     for name, checkpoint_dir in advisers.items():
         words: list[str | Path] = [
@@ -116,17 +116,7 @@ def examine(advisers: dict[str, Path], out_dir: Path) -> dict[str, dict[str, Any
         run("scripts/examine.py", *words, "--beside", f"[{', '.join(map(str, exams))}]", capture=True)
         exams.append(out_dir / name / "exam.json")
     print("\n" + (ROOT / out_dir / list(advisers)[-1] / "exam.md").read_text(encoding="utf-8"))
-    return {exam.parent.name: read_json(ROOT / exam)["scores"]["all"] for exam in exams}
-
-
-def worse_checks(student: dict[str, Any], base: dict[str, Any]) -> list[str]:
-    """The checks on which the student is below the base."""
-    return [
-        name
-        for name, higher in HIGHER_IS_BETTER.items()
-        if name in student
-        and (student[name]["value"] < base[name]["value"] if higher else student[name]["value"] > base[name]["value"])
-    ]
+    return {exam.parent.name: read_json(ROOT / exam) for exam in exams}
 
 
 def verdict(report: dict[str, Any], student: dict[str, Any], base: dict[str, Any]) -> int:
@@ -152,9 +142,9 @@ def demo(out_dir: Path = Path("out/demo"), steps: int | None = None) -> None:
     run("scripts/upcycle_moe.py", "--checkpoint_dir", CHECKPOINTS / "base", "--out_dir", STUDENT, *experts)
     training = ("--config", "configs/tiny/distill.yaml", "--out_dir", out_dir, "--overwrite", "true")
     run("train_distill.py", *training, *(("--optim.steps", str(steps)) if steps else ()))
-    compared = ("--checkpoint_a", CHECKPOINTS / "base", "--checkpoint_b", out_dir / "final")
+    sides = ("--checkpoint_a", CHECKPOINTS / "base", "--checkpoint_b", out_dir / "final")
     data = ("--data", "data/dialogues/val.jsonl")
-    run("eval_cka.py", *compared, *data, "--out_dir", out_dir / "report")
+    run("eval_cka.py", *sides, *data, "--out_dir", out_dir / "report")
     run("scripts/convert_lit_checkpoint.py", "--checkpoint_dir", out_dir / "final", "--out_dir", out_dir / "hf")
     answer = run("scripts/advise.py", QUESTION, "--checkpoint_dir", out_dir / "final", capture=True)
 
@@ -165,9 +155,8 @@ def demo(out_dir: Path = Path("out/demo"), steps: int | None = None) -> None:
     print("\n" + table(report, read_json(ROOT / out_dir / "report" / "cka.json")))
     print(f"\nप्रश्न: {QUESTION}\nउत्तर: {answer.strip()}")
     print(f"\n{time.monotonic() - start:.0f} s; the run is in {out_dir}, the Hugging Face model in {out_dir / 'hf'}")
-    worse = worse_checks(exams["distilled"], exams["base"])
-    print(f"exam: the student is below the base on {', '.join(worse) if worse else 'no check'}")
-    if code := verdict(report, exams["distilled"], exams["base"]):
+    print(compared(exams["distilled"], exams["base"]))
+    if code := verdict(report, *(exams[name]["scores"]["all"] for name in ("distilled", "base"))):
         print("demo failed: the student is not better than the base on held-out dialogues", file=sys.stderr)
         raise SystemExit(code)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from advisory.exam import Examiner, Reply, Score, record_scores, reference, shuffled, summary
+from advisory.exam import Examiner, Reply, Score, check_values, record_scores, reference, shuffled, summary
 from advisory.exam_report import SPLIT_NAMES, draw, table, to_json
 from advisory.facts import load_facts
 from advisory.knowledge import KNOWLEDGE_DIR
@@ -126,12 +126,16 @@ def main(
     asked_in = [[replies[run, record["id"]] for record in everything] for run in range(runs)]
     scored = record_scores(Examiner(facts), everything, asked_in)
     scores: dict[str, dict[str, Score]] = {}
+    values: dict[str, dict[str, float]] = {}
     for split in (*splits, "all"):
         own = [n for n, of in enumerate(places) if split in (of, "all")]
-        scores[split] = summary(
+        values = check_values(
             [everything[n] for n in own], [[run[n] for n in own] for run in asked_in], [scored[n] for n in own]
         )
-    exam = {"name": called, "settings": settings, "data": str(data_dir), "scores": to_json(scores)}
+        scores[split] = summary(values)
+    exam = {
+        "name": called, "settings": settings, "data": str(data_dir), "scores": to_json(scores), "values": values
+    }  # fmt: skip
     others = [read_exam(path) for path in beside]
     write(out_dir / "exam.json", json.dumps(exam, indent=1, ensure_ascii=False) + "\n")
     text = table([*others, exam])
@@ -261,7 +265,7 @@ def read_exam(path: Path) -> dict[str, Any]:
     """
     try:
         exam: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        exam["name"], exam["scores"]
+        exam["name"], exam["scores"], exam["values"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path}: no exam.json of this command") from None
     return exam

@@ -76,6 +76,8 @@ def prepare_data(
     for split in SPLITS:
         write_jsonl(out_dir / f"{split}.jsonl", splits[split])
     chosen = f" --crops [{', '.join(crops)}]" if crops else ""
+    chosen += f" --thoughts {thoughts}" if thoughts != "en" else ""
+    chosen += f" --tokenizer_dir {tokenizer_dir}" if tokenizer_dir else ""
     text = card(
         splits,
         command=f"python scripts/prepare_data.py --size {size} --seed {seed}{chosen}",

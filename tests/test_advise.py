@@ -233,6 +233,16 @@ def test_an_answer_cannot_open_a_thought(advisor: Advisor) -> None:
     assert reply.text == first * 2
 
 
+def test_a_fresh_mixture_does_not_think_in_the_tags_of_its_base(advisor: Advisor) -> None:
+    """Its <thought> rows are near copies of <think>, so both are likely: only the first are its own, everywhere."""
+    scripted(advisor, "<thought>", "<think>", "</think>", "x", "</thought>", "<think>", "</think>", "<|im_end|>")
+    reply = advisor.ask(QUESTION, show_thought=True)
+    first = advisor.tokenizer.decode([0])
+    assert (reply.thought, reply.text) == (first * 2 + "x", first * 2)
+    script = scripted(advisor, "<think>", "<|im_end|>")
+    assert (advisor.ask(QUESTION).text, script.script) == (first, [])
+
+
 def test_a_checkpoint_that_began_as_a_base_model_ends_its_turn(tmp_path: Path) -> None:
     """Its files name <|endoftext|> alone; the dialogues end with <|im_end|>."""
     advisor = Advisor(tiny_checkpoint(tmp_path, eos_token="<|endoftext|>"), device="cpu")
@@ -359,14 +369,19 @@ def test_mistakes_with_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
 # The command
 
 
-@pytest.fixture(scope="session")
-def command() -> Any:
-    spec = importlib.util.spec_from_file_location("advise", ROOT / "scripts" / "advise.py")
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its annotations are looked up there
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def command() -> Any:
+    return script("advise")
 
 
 def test_command_line(trained: Path, tmp_path: Path) -> None:
@@ -447,3 +462,25 @@ def test_the_demo_comes_before_the_real_run(checkpoint: Path, monkeypatch: pytes
     (tmp_path / "out/demo/final/lit_model.pth").unlink()
     with pytest.raises(UserError, match=r"lacks lit_model\.pth"):
         advisor_module.default_checkpoint()
+
+
+def test_the_exam_does_not_score_weights_that_lay_there_before(
+    trained: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    examine = script("examine")
+    model = tmp_path / "model"
+    shutil.copytree(trained, model)
+    words = [f"--checkpoint_dir={model}", f"--out_dir={tmp_path / 'exam'}", "--splits=[test]", "--limit=1"]
+    words += ["--max_new_tokens=8", "--device=cpu"]
+    replies = tmp_path / "exam" / "replies.jsonl"
+    run_cli(examine.main, args=words)
+    before = replies.read_bytes()
+    run_cli(examine.main, args=words)
+    assert replies.read_bytes() == before  # the same weights go on where they stopped
+    shutil.copy(checkpoint / "lit_model.pth", model / "lit_model.pth")
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(examine.main, args=words)
+    assert stopped.value.code == 2 and "replies of other settings" in capsys.readouterr().err
+    assert replies.read_bytes() == before
+    run_cli(examine.main, args=[*words, "--overwrite=true"])
+    assert replies.read_bytes() != before

@@ -134,6 +134,9 @@ def test_nothing_leaks_between_splits(splits: dict[str, list[Record]]) -> None:
     other = splits["val"][0]
     found = leaks({"train": splits["train"], "val": [copy, other]})
     assert [identity for identity, _ in found] == ["copy"]
+    # Two splits beside train are compared with each other, too.
+    again = other | {"id": "again"}
+    assert leaks({"train": splits["train"], "val": [other], "test": [again]}) == [("again", other["id"])]
 
 
 def test_twins_differ_in_one_circumstance_and_one_sentence(splits: dict[str, list[Record]]) -> None:
@@ -219,6 +222,5 @@ def test_the_bundled_dialogues_are_what_their_command_writes(tmp_path: Path) -> 
         )
 
 
-def test_questions_without_greeting_and_marks_are_compared() -> None:
-    assert questions.bare("नमस्ते, पत्ते पीले हैं, क्या करूं?\nफसल: गेहूं") == questions.bare("पत्ते पीले हैं क्या करूं")
+def test_ages_are_said_as_people_say_them() -> None:
     assert questions.age_hi(60, Random(0)) in {"60 दिन", "करीब 60 दिन", "दो महीने"}

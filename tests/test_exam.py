@@ -17,15 +17,20 @@ from advisory.exam import (
     HIGHER_IS_BETTER,
     Examiner,
     Reply,
+    Score,
+    check_values,
+    differences,
     examine,
     interval,
+    record_scores,
     reference,
     shuffled,
     split,
+    summary,
     tells,
     twin_scores,
 )
-from advisory.exam_report import table, to_json
+from advisory.exam_report import compared, table, to_json
 from advisory.facts import load_facts
 
 ROOT = Path(__file__).parents[1]
@@ -162,10 +167,10 @@ def test_five_equal_runs_prove_no_more_than_one(examiner: Examiner, records: lis
 def test_twins_must_both_be_right(records: list[Record]) -> None:
     twins = [record for record in records if "twin" in record["meta"]][:8]
     right = reference(twins)
-    assert twin_scores(twins, right) == [1.0] * 4
-    assert twin_scores(twins, [right[0], right[0], *right[2:]]) == [0.0, 1.0, 1.0, 1.0]
-    assert twin_scores(twins, [Reply("")] * 8) == [0.0] * 4
-    assert twin_scores(twins[:1], right[:1]) == []
+    assert list(twin_scores(twins, right).values()) == [1.0] * 4
+    assert list(twin_scores(twins, [right[0], right[0], *right[2:]]).values()) == [0.0, 1.0, 1.0, 1.0]
+    assert list(twin_scores(twins, [Reply("")] * 8).values()) == [0.0] * 4
+    assert twin_scores(twins[:1], right[:1]) == {}
 
 
 def test_consistency_compares_what_is_named_first(examiner: Examiner, records: list[Record]) -> None:
@@ -182,6 +187,26 @@ def test_intervals() -> None:
     assert interval([1.0]).low == 1.0
 
 
+def test_a_comparison_pairs_the_questions() -> None:
+    """One question in ten won, none lost: sure when paired, though the two intervals side by side overlap widely."""
+    weak = {"cause_top1": {str(n): float(n % 2) for n in range(100)}, "unsourced_dose": {"0": 0.0, "1": 1.0}}
+    strong = {"cause_top1": weak["cause_top1"] | {str(2 * n): 1.0 for n in range(10)}, "unsourced_dose": {"0": 1.0}}
+    gain = differences(strong, weak)["cause_top1"]
+    assert gain.value == pytest.approx(0.1) and gain.low > 0
+    assert interval(list(strong["cause_top1"].values())).low < interval(list(weak["cause_top1"].values())).high
+    assert differences(weak, strong)["cause_top1"].high < 0
+    # Less is better here, and only question 0 was put to both.
+    assert differences(strong, weak)["unsourced_dose"] == Score(-1.0, -1.0, -1.0, 1)
+    line = compared({"name": "strong", "values": strong}, {"name": "weak", "values": weak})
+    assert line == (
+        "strong against weak, question by question: better on cause named first is right (+10.0); "
+        "worse on dose without a source (-100.0); no sure difference on the other 0 checks."
+    )
+    assert "better on nothing; worse on nothing; no sure difference on the other 2 checks" in compared(
+        {"name": "weak", "values": weak}, {"name": "weak", "values": weak}
+    )
+
+
 def test_sentences_and_facts() -> None:
     assert split("गेहूं में रोग है। जांच: पत्ती रगड़ें।\n1. खेत देखें।\n2. 2.5 एकड़ में पानी") == [
         "गेहूं में रोग है", "जांच: पत्ती रगड़ें", "खेत देखें", "2.5 एकड़ में पानी"
@@ -192,15 +217,14 @@ def test_sentences_and_facts() -> None:
 
 def test_the_table_names_every_adviser(examiner: Examiner, records: list[Record]) -> None:
     some = records[:40]
-    exams = [
-        {
-            "name": name,
-            "scores": to_json({"all": examine(examiner, some, [replies]), "test": examine(examiner, some, [replies])}),
-        }
-        for name, replies in (("ours", reference(some)), ("control", shuffled(some)))
-    ]
+    exams = []
+    for name, replies in (("ours", reference(some)), ("control", shuffled(some))):
+        values = check_values(some, [replies], record_scores(examiner, some, [replies]))
+        scores = summary(values)
+        exams.append({"name": name, "scores": to_json({"all": scores, "test": scores}), "values": values})
     text = table(exams)
     assert "| ours | control |" in text and "100.0 (100–100)" in text and "95 % bootstrap" in text
+    assert "control against ours, question by question: better on nothing; worse on cause named first" in text
 
 
 def test_the_command_on_the_bundled_splits(tmp_path: Path) -> None:

@@ -153,8 +153,9 @@ def test_warning_against_a_banned_chemical_is_kept(refuse: Refuse) -> None:
 
 def test_dose_of_the_list_shown_with_the_question_is_kept(refuse: Refuse) -> None:
     answer = ANSWER.replace("यूरिया कम दें", "प्रोपिकोनाजोल 25 EC का छिड़काव 200 मिली प्रति एकड़ करें")
-    assert refuse(answer, table=["propiconazole"]) == []
-    (reason,) = refuse(answer.replace("200", "500"), table=["propiconazole"])
+    shown = ["प्रोपिकोनाजोल 25 EC (छिड़काव), 200 मिली प्रति एकड़, कटाई से 30 दिन पहले बंद"]
+    assert refuse(answer, table=shown) == []
+    (reason,) = refuse(answer.replace("200", "500"), table=shown)
     assert reason.startswith("unsourced_dose: ")
     assert {reason.partition(":")[0] for reason in refuse(answer)} == {"unsourced_chemical", "unsourced_dose"}
 

@@ -289,13 +289,6 @@ def test_demo_fails_without_an_improvement() -> None:
     assert demo.verdict(REPORT | {"frozen": {"changed": ["transformer.ln_f.weight"]}}, student, base) == 1
 
 
-def test_the_checks_on_which_a_student_is_below_its_base_are_named() -> None:
-    base = {"cause_top1": {"value": 0.3}, "unsourced_dose": {"value": 0.1}, "chrf": {"value": 0.5}}
-    student = {"cause_top1": {"value": 0.4}, "unsourced_dose": {"value": 0.2}, "chrf": {"value": 0.4}}
-    assert demo.worse_checks(student, base) == ["unsourced_dose", "chrf"]
-    assert demo.worse_checks(base, base) == []
-
-
 def test_a_failing_command_stops_the_demo_with_its_code(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         demo.run("scripts/convert_hf_checkpoint.py", "--checkpoint_dir", "no/such/dir")
