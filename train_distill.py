@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -30,12 +30,13 @@ from litgpt import finish, rundir, strategy
 from litgpt.checkpoint import load_model, read_provenance, require_lit_dir
 from litgpt.cka import MINIMUM_ROWS
 from litgpt.config import Config
-from litgpt.data import PackedLoader, read_records
 from litgpt.distill import Distiller, MicroBatch, Reference, StepCka, Totals, evaluate
 from litgpt.flops import peak_flops, step_flops
 from litgpt.guards import STOPPED_EXIT_CODE, SpikeWatch, StopRequest
+from litgpt.loaders import training_loader, validation_loaders
 from litgpt.losses import falling_weight
 from litgpt.memoryplan import Placement, device_memory, plan_memory
+from litgpt.mixture import MixtureLoader
 from litgpt.model import GPT
 from litgpt.recipe import (
     DataSettings,
@@ -53,13 +54,13 @@ from litgpt.recipe import (
 )
 from litgpt.report import write_report
 from litgpt.samples import answer
-from litgpt.teacher import BaseTeacher, OnlineTeacher
+from litgpt.teacher import BaseTeacher, OnlineTeacher, TeacherView
 from litgpt.teachercache import open_teacher
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import USER_ERROR_EXIT_CODE, UserError, atomic_file, run_cli
 
-SAMPLE_TOKENS = 256
-"""New tokens of a sample answer at most."""
+VALIDATED = ("answer_ce", "thought_ce", "kd_kl")
+"""What is logged of each validation set."""
 
 
 def distill(
@@ -128,7 +129,8 @@ class Trainer:
         if not 0 <= settings.seed < 2**32:
             raise UserError(f"seed is {settings.seed}, expected 0 ... 4294967295")
         data = settings.data
-        for path in (settings.student, settings.base, settings.teacher, data.train, data.val):
+        files = (*data.training_files().values(), *data.validation_files().values(), *data.own_teachers())
+        for path in (settings.student, settings.base, settings.teacher, *files):
             rundir.refuse_input(settings.out_dir, path)
         if settings.optim.optimizer == "adamw8bit":
             strategy.torchao_optimizers()
@@ -138,30 +140,41 @@ class Trainer:
         require_lit_dir(settings.base)
         self.tokenizer = Tokenizer(settings.student)
         self.config = Config.from_checkpoint(settings.student)
-        records = {name: read_records(getattr(settings.data, name)) for name in ("train", "val")}
         self.teacher: BaseTeacher | None = None
+        self.own_teachers: dict[Path, BaseTeacher] = {}
         if settings.loss.kd_weight > 0:
-            self.teacher = open_teacher(settings.teacher, self.tokenizer, view=settings.loss.teacher_view)
+            opened = partial(open_teacher, student=self.tokenizer, view=settings.loss.teacher_view)
+            self.teacher = opened(settings.teacher)
+            self.own_teachers = {path: opened(path) for path in data.own_teachers()}
         self._check_lengths()
 
         settings.run = strategy.on_this_machine(settings.run)
         self.fabric = strategy.make_fabric(settings.run, settings.out_dir, checkpoint["step"] if checkpoint else 0)
         seed_everything(settings.seed, verbose=False)
-        packed = partial(
-            PackedLoader,
-            tokenizer=self.tokenizer,
-            max_seq_length=settings.data.max_seq_length,
-            micro_batch_size=settings.data.micro_batch_size,
-            seed=settings.seed,
-        )
-        self.loader = packed(records["train"], rank=self.fabric.global_rank, world_size=self.fabric.world_size)
-        # Every rank validates on everything: CKA of the whole set is no sum over ranks, and the set is small.
-        self.val_loader = packed(records["val"], shuffle=False)
+        # One process tokenises; the others find its work in the cache.
+        with self.fabric.rank_zero_first(local=True):
+            self.loader = training_loader(
+                data,
+                self.tokenizer,
+                seed=settings.seed,
+                rank=self.fabric.global_rank,
+                world_size=self.fabric.world_size,
+            )
+            # Every rank validates on everything: CKA of the whole set is no sum over ranks, and the set is small.
+            self.val_loaders = validation_loaders(data, self.tokenizer)
         if self.fabric.is_global_zero:
             self.loader.say_dropped("training")
-            self.val_loader.say_dropped("validation")
-        self.view = self.teacher.read(self.loader) if self.teacher else None
-        self.val_view = self.teacher.read(self.val_loader) if self.teacher else None
+            for loader in self.val_loaders.values():
+                loader.say_dropped("validation")
+        self.views: list[TeacherView] = []
+        self.val_views: dict[str, TeacherView] = {}
+        if self.teacher:
+            taught = data.own_teachers()
+            theirs = {source for numbers in taught.values() for source in numbers}
+            others = set(range(len(data.sources or {}))) - theirs
+            self.views = [self.teacher.read(self.loader, others if theirs else None)]
+            self.views += [self.own_teachers[path].read(self.loader, set(numbers)) for path, numbers in taught.items()]
+            self.val_views = {name: self.teacher.read(loader) for name, loader in self.val_loaders.items()}
         per_epoch = len(self.loader) / settings.optim.accumulation
         self.steps = settings.optim.steps or math.ceil(settings.optim.epochs * per_epoch)
         settings.optim = replace(settings.optim, steps=self.steps)
@@ -185,9 +198,14 @@ class Trainer:
         if checkpoint:
             self._restore(checkpoint)
 
+    @property
+    def teachers(self) -> list[BaseTeacher]:
+        """The run's own teacher, and those of single sources, in the order of `views`."""
+        return [self.teacher, *self.own_teachers.values()] if self.teacher else []
+
     def _check_lengths(self) -> None:
-        configs = {"student": self.config, "teacher": self.teacher.config if self.teacher else self.config}
-        for name, config in configs.items():
+        configs = {"student": self.config} | ({"teacher": self.teacher.config} if self.teacher else {})
+        for name, config in (configs | {str(path): own.config for path, own in self.own_teachers.items()}).items():
             if config.block_size < self.settings.data.max_seq_length:
                 raise UserError(
                     f"data.max_seq_length is {self.settings.data.max_seq_length}, "
@@ -207,6 +225,7 @@ class Trainer:
             world_size=self.fabric.world_size,
             device_bytes=device_memory(device),
             placement=Placement.of(settings, self.teacher, on_gpu=device.type == "cuda"),
+            more_teachers=[own.config for own in self.own_teachers.values() if isinstance(own, OnlineTeacher)],
         )
         print(f"{plan.table()}\n{plan.verdict()}", flush=True)
 
@@ -218,18 +237,17 @@ class Trainer:
         student = load_model(settings.student, dtype=torch.float32, device=device)
         student.activation_checkpointing = run.activation_checkpointing
         thought_ids = self.tokenizer.thought_ids
-        shared = self.teacher.shared_vocab_size if self.teacher else None
-        self.distiller = Distiller(student, thought_ids, settings.loss, shared).train()
+        self.distiller = Distiller(student, thought_ids, settings.loss).train()
         # In fp32 under the student's autocast: at step 0 the two are then equal to the last bit.
         base = load_model(settings.base, dtype=torch.float32, device=device)
         self.reference = Reference(base, student, thought_ids, self.distiller.layers)
         frozen: list[GPT] = [base]
-        if self.teacher:
+        for teacher in self.teachers:
             dtype = torch.float32 if self.fabric.device.type == "cpu" else torch.bfloat16
             # Of a teacher that has run already no more than its head is read, which every process keeps.
-            online = isinstance(self.teacher, OnlineTeacher)
-            self.teacher.load(dtype=dtype, device=device if online else self.fabric.device)
-            frozen += [self.teacher.model] if self.teacher.model else []
+            online = isinstance(teacher, OnlineTeacher)
+            teacher.load(dtype=dtype, device=device if online else self.fabric.device)
+            frozen += [teacher.model] if teacher.model else []
         if run.frozen_dtype == "bfloat16":
             strategy.store_frozen(student, torch.bfloat16)
             strategy.store_frozen(base, torch.bfloat16)
@@ -318,12 +336,14 @@ class Trainer:
         """One optimizer step over `accumulation` micro-batches; returns the step's global metrics."""
         settings, fabric = self.settings, self.fabric
         optim = settings.optim
-        micros = [MicroBatch(next(batches), settings.loss, self.view, fabric.device) for _ in range(optim.accumulation)]
+        micros = [
+            MicroBatch(next(batches), settings.loss, self.views, fabric.device) for _ in range(optim.accumulation)
+        ]
         counted = sum((micro.counts.as_tensor() for micro in micros), torch.zeros(4, dtype=torch.float64))
         totals = Totals(*self._sum_over_ranks(counted.to(fabric.device)).tolist())
         cka_weight = self._cka_weight()
         self.work = self._flops(totals, cka_weight)
-        learning_rate = lr_at(self.step, self.steps, optim)
+        learning_rate = lr_at(self.step, self.steps, settings.optim)
         for group in self.optimizer.param_groups:
             # torchao keeps its rate as a tensor, which compiled code reads.
             group["lr"] = group["lr"].fill_(learning_rate) if isinstance(group["lr"], Tensor) else learning_rate
@@ -342,7 +362,7 @@ class Trainer:
             losses.append(loss.detach())
             parts.append(terms.terms)
             load_sums.append(terms.load_LE)
-            micro.teacher, micro.reference = None, {}
+            micro.teachers, micro.reference = [], {}
         local = torch.stack(losses).double()
         asked = local.new_tensor([float(bool(self.stop))])
         sums = self._sum_over_ranks(torch.cat((local.sum()[None], torch.stack(parts).sum(0), asked)))
@@ -383,7 +403,18 @@ class Trainer:
             tokens=totals.tokens,
             kd_tokens=totals.kd,
             world_size=self.fabric.world_size,
+            more_teachers=self._own_shares(),
         ).model
+
+    def _own_shares(self) -> list[tuple[Config, float]]:
+        """The teachers of single sources that run, and their shares of the tokens, as the sources' weights say."""
+        sources = list((self.settings.data.sources or {}).values())
+        total = sum(source.weight for source in sources)
+        return [
+            (own.config, sum(source.weight for source in sources if source.teacher == path) / total)
+            for path, own in self.own_teachers.items()
+            if own.model
+        ]
 
     def _cka_weight(self) -> float:
         loss = self.settings.loss
@@ -418,9 +449,13 @@ class Trainer:
             micro.load_LE, micro.step_cka = load_LE, step_cka
 
     def _consult(self, micro: MicroBatch, cka_weight: float) -> None:
-        """Let teacher and base read the micro-batch, each only if its term weighs anything."""
-        if self.teacher and micro.teacher_batch:
-            micro.teacher = self.teacher.targets(micro.teacher_batch, micro.targets_N.numel())
+        """Let teachers and base read the micro-batch, each only if its term weighs anything."""
+        # A teacher that is spread over processes must be asked by all of them, whoever has rows for it.
+        always = self.settings.run.strategy == "fsdp" or len(self.teachers) == 1
+        micro.teachers = [
+            teacher.targets(side, micro.targets_N.numel()) if side.rows or always else None
+            for teacher, side in zip(self.teachers, micro.teacher_batches, strict=True)
+        ]
         if cka_weight > 0:
             with self.fabric.autocast():
                 micro.reference = self.reference.hidden_states(micro.batch)
@@ -492,26 +527,33 @@ class Trainer:
             raise UserError(complaint) if self.fabric.is_global_zero else SystemExit(USER_ERROR_EXIT_CODE)
 
     def _validate(self) -> dict[str, Any]:
-        metrics = evaluate(
-            self.distiller,
-            self.val_loader,
-            teacher=self.teacher,
-            view=self.val_view,
-            reference=self.reference,
-            device=self.fabric.device,
-            autocast=self.fabric.autocast,
-        )
-        means = {name: metrics[name] for name in ("answer_ce", "thought_ce", "kd_kl") if metrics[name] is not None}
+        scored = {
+            name: evaluate(
+                self.distiller,
+                loader,
+                teacher=self.teacher,
+                view=self.val_views.get(name),
+                reference=self.reference,
+                device=self.fabric.device,
+                autocast=self.fabric.autocast,
+            )
+            for name, loader in self.val_loaders.items()
+        }
+        metrics = scored.pop("val")
+        for name, further in scored.items():
+            self._log({f"val_{name}/{key}": further[key] for key in VALIDATED if further[key] is not None})
+        means = {name: metrics[name] for name in VALIDATED if metrics[name] is not None}
         flat = means | {f"cka_{layer}": value for layer, value in metrics["cka"].items() if value is not None}
         flat["expert_max_over_mean"] = max(metrics["expert_max_over_mean"].values())
         self._log({f"val/{name}": value for name, value in flat.items()})
         with self.fabric.autocast():
-            samples = answer(self.distiller, self.val_loader.records[: self.settings.run.samples], self.tokenizer)
+            dialogues = [record for record in self.val_loaders["val"].records if record.messages]
+            samples = answer(self.distiller, dialogues[: self.settings.run.samples], self.tokenizer)
         if self.fabric.is_global_zero:
             path = self.settings.out_dir / rundir.SAMPLES_FILE
             rundir.append_jsonl(path, *({"step": self.step} | sample for sample in samples))
             tqdm.write(f"step {self.step}/{self.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in flat.items()))
-        return {"step": self.step} | metrics
+        return {"step": self.step} | metrics | ({"more_val": scored} if scored else {})
 
     def _save(self) -> None:
         model, optimizer = strategy.full_states(self.distiller, self.optimizer)
@@ -553,10 +595,11 @@ class Trainer:
                 "seconds": round(self.seconds, 1),
                 "train_dialogues": len(self.loader.records),
                 "train_dialogues_too_long": self.loader.dropped,
-                "val_dialogues": len(self.val_loader.records),
-                "val_dialogues_too_long": self.val_loader.dropped,
+                "val_dialogues": len(self.val_loaders["val"].records),
+                "val_dialogues_too_long": self.val_loaders["val"].dropped,
                 "padding_share": round(self.loader.padding_share, 4),
-            },
+            }
+            | self._sources(),
         }
         (state,) = strategy.full_states(self.distiller)
 
@@ -576,13 +619,17 @@ class Trainer:
             logger.finalize("success")
         self._first_alone(lambda: write_report(self.settings.out_dir))
 
+    def _sources(self) -> dict[str, Any]:
+        """What each source of a mixture has given; empty without one."""
+        if not isinstance(self.loader, MixtureLoader):
+            return {}
+        return {"sources": {name: asdict(report) for name, report in self.loader.report().items()}}
+
     def _provenance(self) -> dict[str, Any]:
         return {
             "settings": self.settings.plain(),
             "world_size": self.fabric.world_size,
-            "train_sha256": self.digests["data.train"],
-            "val_sha256": self.digests["data.val"],
-            **{f"{name}_sha256": self.digests[name] for name in ("student", "base", "teacher") if name in self.digests},
+            **{f"{name.removeprefix('data.')}_sha256": digest for name, digest in self.digests.items()},
         }
 
     def _write_hyperparameters(self) -> None:

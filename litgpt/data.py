@@ -16,10 +16,10 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ __all__ = [
     "WIDTH_MULTIPLE",
     "Batch",
     "Document",
+    "LazySequence",
     "Loader",
     "PackedLoader",
     "Packing",
@@ -53,6 +54,7 @@ WIDTH_MULTIPLE = 64
 END_OF_TEXT = "<|endoftext|>"
 
 Packing = Literal["pack", "bucket"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,32 @@ def render_document(record: Record, tokenizer: Tokenizer) -> Document:
     return Document(torch.tensor(rendered.ids, dtype=torch.int32), torch.tensor(rendered.spans, dtype=torch.uint8))
 
 
+class LazySequence(Sequence[T]):
+    """A sequence whose items are made when they are asked for, and not kept.
+
+    Args:
+        count: how many there are.
+        item: makes the i-th, from 0.
+    """
+
+    def __init__(self, count: int, item: Callable[[int], T]) -> None:
+        self._count, self._item = count, item
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        return self._item(index % self._count)
+
+
 class Loader(ABC):
     """Micro-batches of one epoch after another, the same whoever asks, resumable after any of them.
 
@@ -282,6 +310,7 @@ class Loader(ABC):
         records: what `Batch.records` numbers.
         documents: the same, rendered.
         dropped: ids of the records that are too long.
+        dropped_count: how many these are.
 
     Raises:
         UserError: an unknown packing.
@@ -290,6 +319,7 @@ class Loader(ABC):
     records: Sequence[Record]
     documents: Sequence[Document]
     dropped: list[str]
+    dropped_count: int
 
     def __init__(
         self,
@@ -322,6 +352,10 @@ class Loader(ABC):
     @abstractmethod
     def padding_share(self) -> float:
         """Share of padding in the current epoch's micro-batches on all ranks, 0 … 1."""
+
+    def source_of(self, record: int) -> int:
+        """Number of the source that a record comes from; 0 where there is but one."""
+        return 0
 
     @abstractmethod
     def say_dropped(self, what: str) -> None:
@@ -466,6 +500,7 @@ class PackedLoader(Loader):
             kept.append(record)
             kept_documents.append(document)
         self.records, self.documents = kept, kept_documents
+        self.dropped_count = len(self.dropped)
         if not kept:
             raise UserError(
                 f"none of {len(self.dropped)} dialogues fits into {max_seq_length} tokens; "
@@ -510,13 +545,9 @@ class PackedLoader(Loader):
         order = permutation(len(self.documents), self.seed, self.epoch, shuffle=self.shuffle)
         return self._into_rows(order, self._lengths)
 
-    def _source_of(self, record: int) -> int:
-        """Number of the source of a record."""
-        return 0
-
     def _batch(self, position: int) -> Batch:
         rows = self._own_rows(self._rows(), position)
-        sources = [self._source_of(row[0]) for row in rows]
+        sources = [self.source_of(row[0]) for row in rows]
         return assemble(rows, self.documents, self.micro_batch_size, self._width(rows, self._lengths), sources)
 
 

@@ -11,7 +11,7 @@ the moments that CKA is a function of (`StepCka`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -165,15 +165,17 @@ class MicroBatch:
         cka_BT: which tokens are rows of CKA.
         real_N: which tokens are no padding.
         counts: this micro-batch's part of the `Totals`.
-        teacher_batch: the teacher's side, on the CPU; `None` without a teacher.
-        teacher: the teacher's targets, once it has run.
+        teacher_batches: each teacher's side, on the CPU.
+        teachers: the teachers' targets in the same order, once they have run; `None` for one that reads no row.
         reference: the base's hidden states by layer, once it has run.
         load_LE: tokens per layer and expert of the whole step, fp64, once they are known; `None` if this micro-batch
             is all of it.
         step_cka: the whole step's CKA, once it is known; `None` if this micro-batch is all of it.
     """
 
-    def __init__(self, batch: Batch, settings: LossSettings, view: TeacherView | None, device: torch.device) -> None:
+    def __init__(
+        self, batch: Batch, settings: LossSettings, views: Sequence[TeacherView], device: torch.device
+    ) -> None:
         targets_BT, spans_BT = batch.next_tokens()
         weight_BT = torch.zeros(spans_BT.shape)
         weight_BT[spans_BT == Span.THOUGHT] = settings.thought_weight
@@ -182,11 +184,11 @@ class MicroBatch:
             batch.spans_BT, batch.documents_BT, keep_spans=[Span[name.upper()] for name in settings.cka_spans]
         )
         real_BT = batch.documents_BT >= 0
-        self.teacher_batch: TeacherBatch | None = None if view is None else view.batch(batch)
+        self.teacher_batches: list[TeacherBatch] = [view.batch(batch) for view in views]
         # Counted before anything moves: on the CPU this waits for no device.
         self.counts = Totals(
             ce=float(weight_BT.double().sum()),
-            kd=0.0 if self.teacher_batch is None else len(self.teacher_batch.student_at_M),
+            kd=sum(len(side.student_at_M) for side in self.teacher_batches),
             cka=int(cka_BT.sum()),
             tokens=int(real_BT.sum()),
         )
@@ -196,10 +198,32 @@ class MicroBatch:
         self.ce_weight_N = weight_BT.flatten().to(device)
         self.cka_BT = cka_BT.to(device)
         self.real_N = real_BT.flatten().to(device)
-        self.teacher: TeacherTargets | None = None
+        self.teachers: list[TeacherTargets | None] = []
         self.reference: dict[int, Tensor] = {}
         self.load_LE: Tensor | None = None
         self.step_cka: StepCka | None = None
+
+    def parts(self) -> Iterator[tuple[TeacherTargets | None, Tensor, int | None]]:
+        """The micro-batch by teacher: its targets, the weights [N] in the cross-entropy, and its shared vocabulary.
+
+        Each row's cross-entropy is scored with its teacher, in one pass over the vocabulary; rows without a teacher
+        are scored with the first.
+        """
+        asked = [
+            (side, targets)
+            for side, targets in zip(self.teacher_batches, self.teachers, strict=False)
+            if targets is not None
+        ]
+        if len(asked) < 2:
+            side, targets = asked[0] if asked else (None, None)
+            yield targets, self.ce_weight_N, side.shared_vocab_size if side else None
+            return
+        rows_B = torch.zeros(len(self.batch.ids_BT), dtype=torch.int64)
+        for number, (side, _) in enumerate(asked):
+            rows_B[side.rows] = number
+        of_N = rows_B.to(self.ce_weight_N.device).repeat_interleave(self.batch.ids_BT.shape[1])
+        for number, (side, targets) in enumerate(asked):
+            yield targets, torch.where(of_N == number, self.ce_weight_N, 0.0), side.shared_vocab_size
 
 
 class Reference:
@@ -273,22 +297,14 @@ class Distiller(nn.Module):
         student: the upcycled model; everything but routers and experts is frozen here.
         thought_ids: ids of the thought tokens, `None` if the student has none.
         settings: the weights.
-        shared_vocab_size: ids below it are compared in KD.
     """
 
-    def __init__(
-        self,
-        student: GPT,
-        thought_ids: Sequence[int] | None,
-        settings: LossSettings,
-        shared_vocab_size: int | None = None,
-    ) -> None:
+    def __init__(self, student: GPT, thought_ids: Sequence[int] | None, settings: LossSettings) -> None:
         super().__init__()
         freeze_but_experts(student)
         self.student = student
         self.rows = None if thought_ids is None else ThoughtRows(student, thought_ids)
         self.settings = settings
-        self.shared_vocab_size = shared_vocab_size
         self.layers = cka_layers(student.config.n_layer, settings.cka_every)
 
     def forward(self, micro: MicroBatch, totals: Totals, cka_weight: float) -> tuple[Tensor, StepTerms]:
@@ -345,18 +361,30 @@ class Distiller(nn.Module):
             batch.ids_BT, documents_BT=batch.documents_BT, layers=list(layers), return_logits=False
         )
         head_VD = self.student.lm_head.weight
-        terms = distill_terms(
-            output.hidden.flatten(0, 1),
-            head_VD if self.rows is None else self.rows.head(head_VD),
-            micro.targets_N,
-            micro.ce_weight_N,
-            ce_scale=ce_scale,
-            kd_scale=kd_scale,
-            teacher=micro.teacher,
-            shared_vocab_size=self.shared_vocab_size,
-            divergence=self.settings.divergence() if divergence is None else divergence,
-            chunk_rows=self.settings.chunk_rows,
-        )
+        parts = [
+            distill_terms(
+                output.hidden.flatten(0, 1),
+                head_VD if self.rows is None else self.rows.head(head_VD),
+                micro.targets_N,
+                ce_weight_N,
+                ce_scale=ce_scale,
+                kd_scale=kd_scale,
+                teacher=targets,
+                shared_vocab_size=shared_vocab_size,
+                divergence=self.settings.divergence() if divergence is None else divergence,
+                chunk_rows=self.settings.chunk_rows,
+            )
+            for targets, ce_weight_N, shared_vocab_size in micro.parts()
+        ]
+        terms = parts[0]
+        for part in parts[1:]:
+            terms = DistillTerms(
+                terms.loss + part.loss,
+                terms.ce + part.ce,
+                terms.kd + part.kd,
+                terms.ce_N + part.ce_N,
+                terms.kd_N + part.kd_N,
+            )
         return output, terms
 
     @torch.no_grad()
@@ -429,9 +457,9 @@ def evaluate(
     router = RouterStats()
     student.eval()
     for batch in batches:
-        micro = MicroBatch(batch, settings, view, device)
-        if teacher is not None and micro.teacher_batch is not None:
-            micro.teacher = teacher.targets(micro.teacher_batch, micro.targets_N.numel())
+        micro = MicroBatch(batch, settings, [view] if view else [], device)
+        if teacher is not None:
+            micro.teachers = [teacher.targets(side, micro.targets_N.numel()) for side in micro.teacher_batches]
         with autocast():
             reference_states = reference.hidden_states(micro.batch)
             output, terms = distiller.terms(micro, layers=distiller.layers, divergence=Divergence())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from litgpt.chat import Span
 from litgpt.checkpoint import load_model
-from litgpt.data import PackedLoader, Record
+from litgpt.data import Loader, PackedLoader, Record
 from litgpt.distill import Distiller, MicroBatch, Reference, Totals
 from litgpt.recipe import Settings
 from litgpt.teacher import BaseTeacher
@@ -50,9 +50,7 @@ class FirstStep:
     gpu_bytes: int | None
 
 
-def first_step(
-    settings: Settings, loader: PackedLoader, tokenizer: Tokenizer, teacher: BaseTeacher | None
-) -> FirstStep:
+def first_step(settings: Settings, loader: Loader, tokenizer: Tokenizer, teacher: BaseTeacher | None) -> FirstStep:
     """Load the models as a training does and take one step on the first micro-batch that holds a thought.
 
     Args:
@@ -74,16 +72,15 @@ def first_step(
         micro_batch_size=loader.micro_batch_size,
         shuffle=False,
     )
-    micro = MicroBatch(next(iter(chosen)), settings.loss, teacher.read(chosen) if teacher else None, device)
+    micro = MicroBatch(next(iter(chosen)), settings.loss, [teacher.read(chosen)] if teacher else [], device)
     student = load_model(settings.student, dtype=torch.float32, device=device)
     student.activation_checkpointing = settings.run.activation_checkpointing
-    shared = teacher.shared_vocab_size if teacher else None
-    distiller = Distiller(student, tokenizer.thought_ids, settings.loss, shared).train()
+    distiller = Distiller(student, tokenizer.thought_ids, settings.loss).train()
     base = load_model(settings.base, dtype=torch.float32, device=device)
     reference = Reference(base, student, tokenizer.thought_ids, distiller.layers)
-    if teacher is not None and micro.teacher_batch is not None:
+    if teacher is not None:
         teacher.load(dtype=torch.bfloat16 if on_gpu else torch.float32, device=device)
-        micro.teacher = teacher.targets(micro.teacher_batch, micro.targets_N.numel())
+        micro.teachers = [teacher.targets(side, micro.targets_N.numel()) for side in micro.teacher_batches]
     parameters = dict(distiller.named_parameters())
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=settings.optim.lr, fused=on_gpu)
@@ -119,9 +116,14 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def _with_thought(loader: PackedLoader) -> list[Record]:
+def _with_thought(loader: Loader) -> list[Record]:
     """Dialogues of the first micro-batch that holds a thought, or else of the first, in the order of training."""
-    batches = list(loader)
-    loader.epoch = 0  # the caller's loader stands where it stood
-    batch = next((batch for batch in batches if bool((batch.spans_BT == Span.THOUGHT).any())), batches[0])
-    return [loader.records[i] for row in batch.records for i in row]
+    first: list[Record] = []
+    for batch in loader:
+        chosen = [loader.records[i] for row in batch.records for i in row]
+        first = first or chosen
+        if bool((batch.spans_BT == Span.THOUGHT).any()):
+            first = chosen
+            break
+    loader.epoch = loader.position = 0  # the caller's loader stands where it stood
+    return first

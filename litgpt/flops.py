@@ -10,6 +10,7 @@ embedding, CKA's products, the update.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -101,6 +102,7 @@ def step_flops(
     teacher_tokens: float | None = None,
     context: float | None = None,
     world_size: int = 1,
+    more_teachers: Sequence[tuple[Config, float]] = (),
 ) -> StepFlops:
     """Operations of one optimizer step.
 
@@ -114,6 +116,7 @@ def step_flops(
         teacher_tokens: what the teacher reads; as much as the student, if not known.
         context: keys that a query sees, on average; half a row, if not known, more than short packed dialogues see.
         world_size: devices.
+        more_teachers: those of single sources, with their share of the tokens; `teacher` reads the rest.
     """
     scored = tokens if scored_tokens is None else scored_tokens
     with_kd = scored if kd_tokens is None else kd_tokens
@@ -129,10 +132,13 @@ def step_flops(
     repeated = logits + (blocks if settings.run.activation_checkpointing else 0.0)
     if settings.loss.router_weight > 0 and settings.optim.accumulation * world_size > 1:
         repeated += blocks
+    teachers = list(more_teachers)
+    if teacher is not None:
+        teachers.append((teacher, 1.0 - sum(share for _, share in more_teachers)))
     return StepFlops(
         student_forward=blocks + logits,
         student_backward=backward,
-        teacher=0.0 if teacher is None else _forward(teacher, read, with_kd, keys),
+        teacher=sum(_forward(config, share * read, share * with_kd, keys) for config, share in teachers),
         base=0.0 if base is None else _forward(base, tokens, 0.0, keys),
         repeated=repeated,
     )

@@ -137,11 +137,11 @@ def label(
     """
     record, length = loader.records[number], loader.max_seq_length
     alone = PackedLoader([record], tokenizer, max_seq_length=length, micro_batch_size=1, shuffle=False)
-    alone_view = None if view is None else TeacherView([view.readings[number]], alone.documents)
-    micro = MicroBatch(next(iter(alone)), settings, alone_view, torch.device("cpu"))
+    alone_view = None if view is None else TeacherView([view.readings[number]], alone.documents, view.shared_vocab_size)
+    micro = MicroBatch(next(iter(alone)), settings, [alone_view] if alone_view else [], torch.device("cpu"))
     # The weight at t is that of the token at t + 1; nothing predicts the first.
     weights = [0.0, *micro.ce_weight_N.tolist()]
-    taught = set() if micro.teacher_batch is None else {t + 1 for t in micro.teacher_batch.student_at_M.tolist()}
+    taught = {t + 1 for side in micro.teacher_batches for t in side.student_at_M.tolist()}
     asked = {Span.PROMPT: 0.0, Span.THOUGHT: settings.thought_weight, Span.ANSWER: 1.0}
     labels, wrong = [], 0
     for t, span in enumerate(map(Span, alone.documents[0].spans_T.tolist())):

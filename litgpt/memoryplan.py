@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -229,6 +229,7 @@ def plan_memory(
     world_size: int,
     device_bytes: int | None,
     placement: Placement = Placement(),
+    more_teachers: Sequence[Config] = (),
 ) -> MemoryPlan:
     """What a training with these settings needs on each device.
 
@@ -238,11 +239,12 @@ def plan_memory(
         world_size: devices that share the work.
         device_bytes: memory of one device (see `device_memory`), `None` if not known.
         placement: what the settings do not say.
+        more_teachers: those that run for single sources, one after the other.
 
     Raises:
         UserError: the student is dense.
     """
-    needs = _Needs(student, teacher, base, settings, world_size, placement)
+    needs = _Needs(student, teacher, base, settings, world_size, placement, more_teachers)
     rows = settings.data.micro_batch_size
     largest = None if device_bytes is None else _most_rows(needs, device_bytes)
     return MemoryPlan(tuple(needs.items(rows)), device_bytes, rows, largest)
@@ -289,7 +291,9 @@ class _Needs:
         settings: Settings,
         world_size: int,
         placement: Placement,
+        more_teachers: Sequence[Config] = (),
     ) -> None:
+        self.more_teachers = more_teachers
         self.student, self.settings, self.world_size, self.placement = student, settings, world_size, placement
         self.base = base
         self.teacher = None if placement.teacher_mode == "cached" else teacher
@@ -360,6 +364,15 @@ class _Needs:
                 yield Item("teacher's forward", reading, "one block at a time", ("teacher",))
             paired = self._scored(rows) * self.teacher.n_embd * width
             yield Item("teacher's rows", paired, "what its head reads, for the tokens with KD", MOMENTS[:-1])
+        for config in self.more_teachers:
+            parameters = dense_parameters(config)
+            note = f"{count_text(parameters)}, of a source of its own"
+            yield Item("another teacher", parameters * self.teacher_width, note)
+            width = self.teacher_width
+            reading = reading_bytes(config, rows, length, amp=False, width=width, on_gpu=bool(self.on_gpu))
+            yield Item("its forward", reading, "after the first has read", ("teacher",))
+            paired = self._scored(rows) * config.n_embd * width
+            yield Item("its rows", paired, "as the first one's", MOMENTS[:-1])
         if self.base is not None:
             yield Item("base", self.base_parameters * FP32, f"{count_text(self.base_parameters)} fp32")
             if self._layers:

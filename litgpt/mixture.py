@@ -186,7 +186,7 @@ class MixtureLoader(PackedLoader):
             group = rows[start : start + size]
             width = self._width(group, self._lengths)
             for row in group:
-                s, tokens = self._source_of(row[0]), sum(self._lengths[i] for i in row)
+                s, tokens = self.source_of(row[0]), sum(self._lengths[i] for i in row)
                 room[s] += width
                 filled[s] += tokens
                 if start < self.position * self.world_size * size:
@@ -206,7 +206,7 @@ class MixtureLoader(PackedLoader):
     def _members(self, s: int) -> range:
         return range(self._starts[s], self._starts[s + 1])
 
-    def _source_of(self, record: int) -> int:
+    def source_of(self, record: int) -> int:
         return bisect_right(self._starts, record) - 1
 
     def _identity(self) -> dict[str, Any]:

@@ -15,7 +15,11 @@ from typing import Any, Literal
 
 import torch
 
+from litgpt.data import Packing
 from litgpt.divergence import Divergence, KdKind
+from litgpt.mixture import SourceSettings
+from litgpt.rendered import RenderSettings
+from litgpt.streaming import CARD as STREAM_CARD
 from litgpt.teacher import View
 from litgpt.teachercache import CACHE_FILE
 from litgpt.tensorfile import LIT_FILE
@@ -24,7 +28,17 @@ from litgpt.utils import UserError, sha256_file
 SpanName = Literal["prompt", "thought", "answer"]
 # Settings that change neither the weights nor the order of the data: a resumed run may have others.
 FREE_SETTINGS = {
-    *("out_dir", "resume", "overwrite", "run.log_every", "run.val_every", "run.save_every", "run.keep_checkpoints"),
+    *(
+        "out_dir",
+        "resume",
+        "overwrite",
+        "data.render.processes",
+        "data.render.cache",
+        "run.log_every",
+        "run.val_every",
+        "run.save_every",
+        "run.keep_checkpoints",
+    ),
     *("run.time_limit", "run.on_nonfinite", "run.max_skips", "run.spike_factor", "run.samples", "run.wandb"),
     "optim.epochs",  # what counts is the number of steps that follows from it
 }
@@ -88,18 +102,61 @@ class LossSettings:
 class DataSettings:
     """Dialogues and how they are cut into micro-batches."""
 
-    train: Path = Path("data/dialogues/train.jsonl")
-    """Dialogues to learn from, JSON lines."""
+    train: Path | None = None
+    """Dialogues to learn from, JSON lines; data/dialogues/train.jsonl unless sources or stream take its place."""
+    sources: dict[str, SourceSettings] | None = None
+    """Several files by name, each with a path, a weight (its share of the tokens) and, if it wants one, a teacher of
+    its own: the dense base on general text is replay. They may hold plain texts, too."""
+    epoch_of: str | None = None
+    """The source whose pass is an epoch; the first, unless given."""
+    stream: Path | None = None
+    """A corpus beyond memory, made by scripts/prepare_stream.py (the extra streaming)."""
     val: Path = Path("data/dialogues/val.jsonl")
     """Dialogues to validate on."""
+    more_val: dict[str, Path] = field(default_factory=dict)
+    """Further validation files by name, dialogues or plain texts; each gets its own curves."""
     max_seq_length: int = 2048
     """Tokens in a row; several dialogues share one. Longer dialogues are left out and counted."""
     micro_batch_size: int = 8
     """Rows that a device works on at one time."""
+    packing: Packing = "pack"
+    """pack lays several dialogues into a row; bucket gives each a row of its own, beside others of like length."""
+    render: RenderSettings = field(default_factory=RenderSettings)
+    """How the files are tokenised; changes no result."""
 
     def __post_init__(self) -> None:
         if self.micro_batch_size < 1 or self.max_seq_length < 2:
             raise UserError("data: expected micro_batch_size of at least 1 and max_seq_length of at least 2")
+        given = [name for name in ("train", "sources", "stream") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(
+                f"data: {' and '.join(given)} are given, and each is all there is to learn from: choose one"
+            )
+        if self.epoch_of is not None and self.sources is None:
+            raise UserError("data.epoch_of names a source, and there is no data.sources")
+        if not given:
+            self.train = Path("data/dialogues/train.jsonl")
+
+    def training_files(self) -> dict[str, Path]:
+        """What is learnt from: setting → file."""
+        if self.stream is not None:
+            return {"data.stream": self.stream / STREAM_CARD}
+        if self.sources is not None:
+            return {f"data.sources.{name}": source.path for name, source in self.sources.items()}
+        assert self.train is not None
+        return {"data.train": self.train}
+
+    def validation_files(self) -> dict[str, Path]:
+        """What is validated on: setting → file, `val` first."""
+        return {"data.val": self.val, **{f"data.more_val.{name}": path for name, path in self.more_val.items()}}
+
+    def own_teachers(self) -> dict[Path, list[int]]:
+        """Teachers of single sources → the numbers of these sources."""
+        found: dict[Path, list[int]] = {}
+        for number, source in enumerate((self.sources or {}).values()):
+            if source.teacher is not None:
+                found.setdefault(source.teacher, []).append(number)
+        return found
 
 
 @dataclass
@@ -286,8 +343,13 @@ def digests(settings: Settings, *, teacher: bool) -> dict[str, str]:
         settings: where they are.
         teacher: whether there is one.
     """
-    files = {"data.train": settings.data.train, "data.val": settings.data.val}
-    models = {"student": settings.student, "base": settings.base} | ({"teacher": settings.teacher} if teacher else {})
+    data = settings.data
+    files = data.training_files() | data.validation_files()
+    models = {"student": settings.student, "base": settings.base}
+    if teacher:
+        models |= {"teacher": settings.teacher}
+        for name, source in (data.sources or {}).items():
+            models |= {f"data.sources.{name}.teacher": source.teacher} if source.teacher else {}
     # A teacher that has run already is known by the list of what it was made of.
     found = [(name, path / file) for name, path in models.items() for file in (LIT_FILE, CACHE_FILE)]
     files |= {name: path for name, path in found if path.is_file()}

@@ -23,16 +23,16 @@ import json
 import os
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any
 
 import numpy as np
 import torch
 
 from litgpt.chat import Span
-from litgpt.data import Batch, Document, Loader, Packing, Record, assemble, parse_record, render_document
+from litgpt.data import Batch, Document, LazySequence, Loader, Packing, Record, assemble, parse_record, render_document
 from litgpt.packing import permutation
 from litgpt.rendered import rendering_sha256
 from litgpt.tokenizer import Tokenizer
@@ -43,7 +43,6 @@ CHUNKS, LENGTHS, CARD = "chunks", "lengths.npy", "stream.json"
 PIECE_BYTES = 1 << 20
 # A list of every dropped id could itself be too long for memory.
 MOST_NAMED = 1000
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -207,27 +206,6 @@ def _read_back(litdata: Any, folder: Path, count: int) -> dict[str, Any]:
     }
 
 
-class _Lazy(Sequence[T]):
-    """A sequence whose items are made when they are asked for."""
-
-    def __init__(self, count: int, item: Callable[[int], T]) -> None:
-        self._count, self._item = count, item
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[T]: ...
-    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self._count))]
-        if not -self._count <= index < self._count:
-            raise IndexError(index)
-        return self._item(index % self._count)
-
-
 class StreamingLoader(Loader):
     """Micro-batches of a corpus on disk, in the memory of one window.
 
@@ -295,8 +273,8 @@ class StreamingLoader(Loader):
                 f"the shortest has {self._lengths.min()}: raise max_seq_length"
             )
         self._held: dict[int, dict[str, bytes]] = {}
-        self.records = _Lazy(count, self._record)
-        self.documents = _Lazy(count, self._document)
+        self.records = LazySequence(count, self._record)
+        self.documents = LazySequence(count, self._document)
         self.dropped = [self.records[int(i)].id for i in too_long[:MOST_NAMED]]
         self._planned_epoch = -1
         self._plan()

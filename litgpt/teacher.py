@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -26,10 +27,19 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from litgpt.chat import Span, render
+from litgpt.chat import Span
 from litgpt.checkpoint import load_model
 from litgpt.config import Config
-from litgpt.data import PADDING_DOCUMENT, WIDTH_MULTIPLE, Batch, Document, PackedLoader, Record
+from litgpt.data import (
+    PADDING_DOCUMENT,
+    WIDTH_MULTIPLE,
+    Batch,
+    Document,
+    LazySequence,
+    Loader,
+    Record,
+    render_record,
+)
 from litgpt.losses import Teacher, TeacherTargets
 from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
@@ -63,7 +73,7 @@ class Reading:
 
 @dataclass
 class TeacherBatch:
-    """The teacher's side of a `Batch`: the same dialogues in the same rows.
+    """The teacher's side of a `Batch`: the dialogues that it teaches, each beside those of its row.
 
     Attributes:
         ids_BS: the teacher's ids, int64; S differs from the student's T.
@@ -71,6 +81,9 @@ class TeacherBatch:
         student_at_M: positions in the flattened student batch (B·T) that have a teacher, ascending.
         teacher_at_M: positions in the flattened teacher batch (B·S) that predict the same tokens.
         readings: the dialogues that these pairs belong to, in the order of the pairs.
+        rows: numbers of the student's rows that this teacher reads; its own rows are these, in order. A teacher of no
+            row of the batch still gets an empty one: where it is spread over processes, they all have to ask it.
+        shared_vocab_size: see `BaseTeacher`.
     """
 
     ids_BS: Tensor
@@ -78,8 +91,10 @@ class TeacherBatch:
     student_at_M: Tensor
     teacher_at_M: Tensor
     readings: list[Reading]
+    rows: list[int]
+    shared_vocab_size: int
 
-    def rows(self, student_tokens: int, device: torch.device | str) -> Tensor:
+    def pairs(self, student_tokens: int, device: torch.device | str) -> Tensor:
         """For each of N = B·T student positions the number of its pair, -1 where there is none; int64."""
         rows_N = torch.full((student_tokens,), -1, dtype=torch.int64, device=device)
         rows_N[self.student_at_M.to(device)] = torch.arange(len(self.student_at_M), device=device)
@@ -87,15 +102,29 @@ class TeacherBatch:
 
 
 class TeacherView:
-    """The dialogues of one loader as the teacher reads them, rendered once; see `BaseTeacher.read`."""
+    """The dialogues of one loader as the teacher reads them; see `BaseTeacher.read`.
 
-    def __init__(self, readings: list[Reading], documents: list[Document]) -> None:
-        self.readings = readings
-        self._lengths = [len(document.ids_T) for document in documents]
+    Args:
+        readings: by the number of the record; those of other teachers' sources are empty.
+        documents: the student's side of them.
+        shared_vocab_size: see `BaseTeacher`.
+        sources: it teaches the rows of these sources alone; `None` teaches all.
+    """
+
+    def __init__(
+        self,
+        readings: Sequence[Reading],
+        documents: Sequence[Document],
+        shared_vocab_size: int,
+        sources: Collection[int] | None = None,
+    ) -> None:
+        self.readings, self.shared_vocab_size, self.sources = readings, shared_vocab_size, sources
+        self._documents = documents
 
     def batch(self, batch: Batch) -> TeacherBatch:
         """The teacher's side of a micro-batch of the same loader, on the CPU."""
-        rows = [[self.readings[i] for i in row] for row in batch.records]
+        own = [b for b in range(len(batch.records)) if self.sources is None or batch.sources[b] in self.sources]
+        rows = [[self.readings[i] for i in batch.records[b]] for b in own] or [[]]
         fullest = max((sum(len(reading.ids_T) for reading in row) for row in rows), default=0)
         # Its side is seldom longer than the student's, which is what the block sizes are checked against.
         rounded = -(-max(fullest, 1) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
@@ -103,19 +132,26 @@ class TeacherView:
         ids_BS = torch.zeros(len(rows), width, dtype=torch.int64)
         documents_BS = torch.full((len(rows), width), PADDING_DOCUMENT, dtype=torch.int32)
         student, teacher = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-        for b, row in enumerate(rows):
-            student_start, teacher_start = b * batch.ids_BT.shape[1], b * width
+        for r, b in enumerate(own):
+            student_start, teacher_start = b * batch.ids_BT.shape[1], r * width
             start = 0
-            for number, (reading, record) in enumerate(zip(row, batch.records[b], strict=True)):
+            for number, (reading, record) in enumerate(zip(rows[r], batch.records[b], strict=True)):
                 end = start + len(reading.ids_T)
-                ids_BS[b, start:end] = reading.ids_T.long()
-                documents_BS[b, start:end] = number
+                ids_BS[r, start:end] = reading.ids_T.long()
+                documents_BS[r, start:end] = number
                 student.append(student_start + reading.student_at_P)
                 teacher.append(teacher_start + start + reading.teacher_at_P)
-                student_start += self._lengths[record]
+                student_start += len(self._documents[record].ids_T)
                 start = end
-        readings = [reading for row in rows for reading in row]
-        return TeacherBatch(ids_BS, documents_BS, torch.cat(student), torch.cat(teacher), readings)
+        return TeacherBatch(
+            ids_BS,
+            documents_BS,
+            torch.cat(student),
+            torch.cat(teacher),
+            readings=[reading for row in rows for reading in row],
+            rows=own,
+            shared_vocab_size=self.shared_vocab_size,
+        )
 
 
 class BaseTeacher(ABC):
@@ -167,19 +203,36 @@ class BaseTeacher(ABC):
             what the loss needs: one row for each pair, and which student position reads which of them.
         """
 
-    def read(self, loader: PackedLoader) -> TeacherView:
+    def read(self, loader: Loader, sources: Collection[int] | None = None) -> TeacherView:
         """Render a loader's dialogues in the teacher's view and pair the positions.
+
+        Of a corpus that is not in memory each dialogue is rendered, and checked, when its turn comes.
+
+        Args:
+            loader: whose micro-batches the view is to be asked for.
+            sources: numbers of the sources that it teaches; `None` is all.
 
         Raises:
             UserError: a dialogue whose answer has other ids for the teacher, or ids that the teacher has no row for.
         """
-        pairs = zip(loader.records, loader.documents, strict=True)
-        return TeacherView([self._reading(record, document) for record, document in pairs], loader.documents)
+        records, documents = loader.records, loader.documents
+
+        def reading(i: int) -> Reading:
+            return self._reading(records[i], documents[i])
+
+        if isinstance(records, LazySequence):
+            return TeacherView(LazySequence(len(records), reading), documents, self.shared_vocab_size, sources)
+        none = torch.empty(0, dtype=torch.int64)
+        readings = [
+            reading(i) if sources is None or loader.source_of(i) in sources else Reading(none.int(), none, none)
+            for i in range(len(records))
+        ]
+        return TeacherView(readings, documents, self.shared_vocab_size, sources)
 
     def _reading(self, record: Record, document: Document) -> Reading:
         ids_T, spans_T = document.ids_T, document.spans_T
         if self.view != "mask":
-            rendered = render(record.messages, self.tokenizer, tags="think", keep_thoughts=self.view == "native")
+            rendered = render_record(record, self.tokenizer, tags="think", keep_thoughts=self.view == "native")
             ids_T = torch.tensor(rendered.ids, dtype=torch.int32)
             spans_T = torch.tensor(rendered.spans, dtype=torch.uint8)
         if (highest := int(ids_T.max())) >= self.config.padded_vocab_size:
@@ -236,7 +289,7 @@ class OnlineTeacher(BaseTeacher):
         device = head_VC.device
         output = self.model(batch.ids_BS.to(device), documents_BT=batch.documents_BS.to(device), return_logits=False)
         hidden_MC = output.hidden.flatten(0, 1)[batch.teacher_at_M.to(device)]
-        return Teacher(hidden_MC, head_VC, batch.rows(student_tokens, device))
+        return Teacher(hidden_MC, head_VC, batch.pairs(student_tokens, device))
 
 
 def _byte_starts(tokenizer: Tokenizer, ids: Tensor) -> Tensor:

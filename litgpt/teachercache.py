@@ -25,12 +25,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 import yaml
@@ -40,10 +42,10 @@ from torch import Tensor
 from litgpt.chat import Message, render
 from litgpt.checkpoint import CONFIG_FILE, LIT_FILE, PROVENANCE_FILE, LitReader, require_lit_dir
 from litgpt.config import Config
-from litgpt.data import PackedLoader, tags_of
+from litgpt.data import LazySequence, Loader, Record, tags_of
 from litgpt.keymap import LIT_EMBED, LIT_HEAD
 from litgpt.losses import SampledTeacher, Teacher, TeacherTargets, TopKTeacher
-from litgpt.teacher import BaseTeacher, OnlineTeacher, TeacherBatch, TeacherView, View
+from litgpt.teacher import BaseTeacher, OnlineTeacher, Reading, TeacherBatch, TeacherView, View
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError, atomic_file, parse_dtype, sha256_file
 
@@ -60,6 +62,7 @@ MAX_SAMPLED_VOCAB = 2 ** (31 - COUNT_BITS)
 OPEN_SHARDS = 64
 
 Kind = Literal["hidden", "sampled", "topk"]
+_Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -286,6 +289,7 @@ class CachedTeacher(BaseTeacher):
         self._shard = lru_cache(maxsize=OPEN_SHARDS)(self._open)
         self._device: torch.device | None = None
         self._head_VC: Tensor | None = None
+        self._sorted: tuple[_Array, _Array, _Array] | None = None
 
     def _open(self, number: int) -> Any:
         return open_shard(shard_path(self.directory, number), self._identity)
@@ -307,32 +311,66 @@ class CachedTeacher(BaseTeacher):
             head_VC = reader.read(LIT_HEAD if LIT_HEAD in reader.specs else LIT_EMBED)
             self._head_VC = head_VC.to(device=self._device, dtype=dtype)
 
-    def read(self, loader: PackedLoader) -> TeacherView:
+    def read(self, loader: Loader, sources: Collection[int] | None = None) -> TeacherView:
         """As `BaseTeacher.read`, and find each dialogue's targets.
 
         Raises:
             UserError: as there, or a dialogue that the cache does not hold.
         """
-        view = super().read(loader)
-        wanted: dict[bytes, list[int]] = {}
-        for number, reading in enumerate(view.readings):
-            wanted.setdefault(reading.digest(), []).append(number)
-        for shard in range(self.manifest.shards):
-            if not wanted:
-                break
-            opened = self._shard(shard)
-            starts = opened.get_tensor("starts").tolist()
-            for digest, start in zip(opened.get_tensor("digests").numpy(), starts[:-1], strict=True):
-                for number in wanted.pop(digest.tobytes(), []):
-                    view.readings[number] = replace(view.readings[number], stored_at=(shard, start))
-        if wanted:
-            missing = sorted(number for numbers in wanted.values() for number in numbers)
-            more = f" and {len(missing) - 1} more of {len(view.readings)}" if len(missing) > 1 else ""
-            raise UserError(
-                f"{self.directory} holds no targets of the record {loader.records[missing[0]].id!r}{more}: it was not "
-                "cached, or its text has changed since; write a new cache with python scripts/cache_teacher.py"
-            )
+        view = super().read(loader, sources)
+        readings = view.readings
+        if isinstance(readings, LazySequence):
+            lazy = readings
+
+            def placed(i: int) -> Reading:
+                reading = self._placed(lazy[i])
+                if reading is None:
+                    raise self._lacks(loader.records[i], "")
+                return reading
+
+            view.readings = LazySequence(len(lazy), placed)
+            return view
+        found = [self._placed(reading) for reading in readings]
+        missing = [number for number, reading in enumerate(found) if reading is None]
+        if missing:
+            more = f" and {len(missing) - 1} more of {len(found)}" if len(missing) > 1 else ""
+            raise self._lacks(loader.records[missing[0]], more)
+        view.readings = [reading for reading in found if reading is not None]
         return view
+
+    def _lacks(self, record: Record, more: str) -> UserError:
+        return UserError(
+            f"{self.directory} holds no targets of the record {record.id!r}{more}: it was not "
+            "cached, or its text has changed since; write a new cache with python scripts/cache_teacher.py"
+        )
+
+    def _placed(self, reading: Reading) -> Reading | None:
+        """The same reading with the place of its targets; `None` if there are none."""
+        if len(reading.ids_T) == 0:
+            return reading
+        digest = np.frombuffer(reading.digest(), dtype=np.uint8)
+        heads, digests, places = self._places()
+        head = digest[:8].view(np.uint64)
+        for at in range(int(np.searchsorted(heads, head)[0]), int(np.searchsorted(heads, head, side="right")[0])):
+            if np.array_equal(digests[at], digest):
+                shard, start = places[at].tolist()
+                return replace(reading, stored_at=(shard, start))
+        return None
+
+    def _places(self) -> tuple[_Array, _Array, _Array]:
+        """All digests' first 8 bytes, ascending; the digests; shard and first row of each: 56 bytes a record."""
+        if self._sorted is None:
+            digests, places = [], []
+            for shard in range(self.manifest.shards):
+                opened = self._shard(shard)
+                digests.append(opened.get_tensor("digests").numpy())
+                starts = opened.get_tensor("starts").numpy()[:-1]
+                places.append(np.stack((np.full_like(starts, shard), starts), axis=1))
+            together = np.concatenate(digests)
+            heads = np.ascontiguousarray(together[:, :8]).view(np.uint64).ravel()
+            order = np.argsort(heads)
+            self._sorted = heads[order], together[order], np.concatenate(places)[order]
+        return self._sorted
 
     def targets(self, batch: TeacherBatch, student_tokens: int) -> TeacherTargets:
         """Read what the teacher said at the paired positions; nothing of it stays in memory."""
@@ -347,7 +385,7 @@ class CachedTeacher(BaseTeacher):
                 shard, start = reading.stored_at
                 parts.append(self._shard(shard).get_slice(name)[start : start + len(reading.teacher_at_P)])
             kept[name] = torch.cat(parts).to(device)
-        return expand(self.form, kept, batch.rows(student_tokens, device), self._head_VC)
+        return expand(self.form, kept, batch.pairs(student_tokens, device), self._head_VC)
 
 
 def open_teacher(path: str | os.PathLike[str], student: Tokenizer, *, view: View = "strip") -> BaseTeacher:

@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,13 +24,16 @@ from litgpt import rundir
 from litgpt.chat import Span
 from litgpt.checkpoint import CONFIG_FILE, LIT_FILE, LitReader, read_provenance, require_lit_dir
 from litgpt.config import Config
-from litgpt.data import PackedLoader, Record, read_records
+from litgpt.data import Loader, PackedLoader, Record, read_records
 from litgpt.firststep import first_step
 from litgpt.flops import GPUS, step_flops, tokens_per_step
 from litgpt.keymap import layout
+from litgpt.loaders import training_loader
 from litgpt.maskview import Label, label, legend, paint, runs
 from litgpt.memoryplan import Placement, device_memory, plan_disk, plan_memory, size_text
+from litgpt.mixture import MixtureLoader
 from litgpt.recipe import DataSettings, LossSettings, OptimSettings, RunSettings, Settings, lr_at
+from litgpt.streaming import StreamingLoader
 from litgpt.teacher import BaseTeacher, OnlineTeacher
 from litgpt.teachercache import CACHE_FILE, TEXT_DIR, CachedTeacher, Manifest
 from litgpt.tensorfile import check_free_disk
@@ -41,6 +45,8 @@ BYTES_PER_TOKEN = 2.76
 """Of our Hindi dialogues in Qwen3's tokenizer, headers included; measured on data/dialogues."""
 # Hashing more than this is no longer cheap.
 HASHED_BYTES = 64 << 20
+# Documents, and micro-batches, of a corpus beyond memory that are looked at.
+LOOKED_AT = 1000
 CKA_AT_START = 5e-4
 """How far CKA to the base may be from 1 before the first step: it must print as 1.000."""
 
@@ -122,13 +128,15 @@ class Preflight:
         self.paths = {"student": settings.student, "base": settings.base}
         if settings.loss.kd_weight > 0:
             self.paths["teacher"] = settings.teacher
+            for name, source in (settings.data.sources or {}).items():
+                self.paths |= {f"data.sources.{name}.teacher": source.teacher} if source.teacher else {}
         self.configs: dict[str, Config] = {}
         self.weights: set[str] = set()
         self.stored_bytes = 2
         self.records: dict[str, list[Record]] = {}
         self.tokenizer: Tokenizer | None = None
         self.teacher: BaseTeacher | None = None
-        self.loader: PackedLoader | None = None
+        self.loader: Loader | None = None
         self.steps = settings.optim.steps
         self.on_gpu = gpu is not None or settings.run.accelerator == "cuda"
         self.on_gpu |= settings.run.accelerator == "auto" and torch.cuda.is_available()
@@ -160,22 +168,25 @@ class Preflight:
         for name, path in self.paths.items():
             with self.fault(name):
                 self._model(name, path)
-        for name in ("train", "val"):
-            with self.fault(f"data.{name}"):
-                path = getattr(settings.data, name)
-                self.records[name] = read_records(path)
+        files = settings.data.training_files() | settings.data.validation_files()
+        for name, path in files.items():
+            with self.fault(name):
+                if name == "data.stream":
+                    continue  # looked at when it is opened
+                self.records[name] = read_records(path, texts=True)
                 digest = sha256_file(path)[:12]
-                self.say("ok", f"data.{name}: {path}, {len(self.records[name])} dialogues, sha256 {digest}...")
-        if len(self.records) == 2:
+                kind = "dialogues" if self.records[name][0].messages else "texts"
+                self.say("ok", f"{name}: {path}, {len(self.records[name])} {kind}, sha256 {digest}...")
+        if len(self.records) == len(files):
             self._overlap()
         with self.fault("out_dir"):
-            for path in (*self.paths.values(), settings.data.train, settings.data.val):
+            for path in (*self.paths.values(), *files.values()):
                 rundir.refuse_input(settings.out_dir, path)
             start = rundir.start_point(settings.out_dir, settings.resume, overwrite=settings.overwrite)
             self.say("ok", f"out_dir: {settings.out_dir}, " + (f"goes on from {start.name}" if start else "a new run"))
 
     def _model(self, name: str, path: Path) -> None:
-        if name == "teacher" and (path / CACHE_FILE).is_file():
+        if name.endswith("teacher") and (path / CACHE_FILE).is_file():
             kept = Manifest.read(path)
             self.configs[name] = config = Config.from_checkpoint(path / TEXT_DIR)
             self.weights.add(name)
@@ -213,8 +224,9 @@ class Preflight:
         self.say("ok", f"{name}: {path}, {config.name}, {len(specs)} tensors in {kinds}, {size} on disk")
 
     def _overlap(self) -> None:
-        train = {json.dumps(record.messages, sort_keys=True) for record in self.records["train"]}
-        again = [r.id for r in self.records["val"] if json.dumps(r.messages, sort_keys=True) in train]
+        learnt = [r for name in self.settings.data.training_files() for r in self.records.get(name, [])]
+        train = {_content(record) for record in learnt}
+        again = [record.id for record in self.records["data.val"] if _content(record) in train]
         if again:
             self.say("warning", f"data: {len(again)} dialogues of val stand in train, too, e.g. {again[0]}")
         else:
@@ -282,35 +294,34 @@ class Preflight:
     def dialogues(self) -> None:
         """Render and pack everything; count tokens by span."""
         data = self.settings.data
-        if "train" not in self.records:
+        if not all(path.is_file() for path in data.training_files().values()):
             return
         if self.tokenizer is None:
             self.say("warning", f"dialogues: not rendered, {self.settings.student} has no usable tokenizer.json")
             return
         with self.fault("dialogues"):
-            loader = PackedLoader(
-                self.records["train"],
-                self.tokenizer,
-                max_seq_length=data.max_seq_length,
-                micro_batch_size=data.micro_batch_size,
-                seed=self.settings.seed,
-                world_size=self._world_size,
-            )
+            loader = training_loader(data, self.tokenizer, seed=self.settings.seed, world_size=self._world_size)
             self.loader = loader
-            spans = torch.cat([document.spans_T for document in loader.documents]).bincount(minlength=3).tolist()
+            # Of a corpus beyond memory the first documents speak for the rest.
+            counted = loader.documents[:LOOKED_AT] if isinstance(loader, StreamingLoader) else loader.documents
+            spans = torch.cat([document.spans_T for document in counted]).bincount(minlength=3).tolist()
             total = sum(spans)
             shares = ", ".join(
                 f"{span.name.lower()} {spans[span]} ({spans[span] / total:.0%})" for span in list(Span)[:3]
             )
-            self.say("ok", f"tokens: {total} in {len(loader.documents)} dialogues: {shares}")
+            of = "" if len(counted) == len(loader.documents) else f"the first of {len(loader.documents)}: "
+            self.say("ok", f"tokens: {of}{total} in {len(counted)} dialogues: {shares}")
+            if isinstance(loader, MixtureLoader):
+                for name, source in loader.report().items():
+                    self.say("ok", f"source {name}: {source.documents} documents, {source.share:.0%} of the tokens")
             if not spans[Span.ANSWER] or not spans[Span.THOUGHT]:
                 self.say("warning", f"tokens: no {'thought' if spans[Span.ANSWER] else 'answer'} in the training data")
             self.say("ok", f"rows: {len(loader)} micro-batches an epoch, {loader.padding_share:.1%} of them padding")
             if loader.dropped:
-                share = len(loader.dropped) / len(self.records["train"])
+                share = loader.dropped_count / (loader.dropped_count + len(loader.records))
                 self.say(
                     "error" if share > 0.5 else "warning",
-                    f"rows: {len(loader.dropped)} dialogues ({share:.1%}) have more than {data.max_seq_length} tokens "
+                    f"rows: {loader.dropped_count} dialogues ({share:.1%}) have more than {data.max_seq_length} tokens "
                     f"and are left out, e.g. {loader.dropped[0]}",
                 )
 
@@ -383,10 +394,12 @@ class Preflight:
         """Micro-batches of an epoch on one device: counted, or without a tokenizer estimated from the texts' length."""
         if self.loader is not None:
             return len(self.loader)
-        if "train" not in self.records:
+        learnt = [r for name in self.settings.data.training_files() for r in self.records.get(name, [])]
+        if not learnt or self.settings.data.sources:
             return None
-        messages = [message for record in self.records["train"] for message in record.messages]
+        messages = [message for record in learnt for message in record.messages]
         size = sum(len((message["content"] + message.get("thought", "")).encode()) for message in messages)
+        size += sum(len((record.text or "").encode()) for record in learnt)
         data = self.settings.data
         row_tokens = data.max_seq_length * data.micro_batch_size * self._world_size
         batches = math.ceil(size / BYTES_PER_TOKEN / row_tokens)
@@ -398,8 +411,9 @@ class Preflight:
         if self.loader is None:
             return 1.0
         learnt = torch.tensor([Span.THOUGHT, Span.ANSWER])
-        scored = max(int(torch.isin(batch.spans_BT.long(), learnt).sum()) for batch in self.loader)
-        self.loader.epoch = 0
+        batches = islice(self.loader, LOOKED_AT) if isinstance(self.loader, StreamingLoader) else self.loader
+        scored = max(int(torch.isin(batch.spans_BT.long(), learnt).sum()) for batch in batches)
+        self.loader.epoch = self.loader.position = 0
         return scored / (self.settings.data.max_seq_length * self.settings.data.micro_batch_size)
 
     def memory(self) -> None:
@@ -420,6 +434,7 @@ class Preflight:
                 world_size=self._world_size,
                 device_bytes=device_bytes,
                 placement=Placement.of(settings, self.teacher, on_gpu=self.on_gpu, scored_share=self._scored_share()),
+                more_teachers=self._more_teachers(),
             )
             print(f"\n{plan.table()}\n")
             name = self.gpu or (torch.cuda.get_device_name() if self.on_gpu else "this machine")
@@ -437,6 +452,12 @@ class Preflight:
             seconds = flops.model / (peak.flops * self._world_size)
             line += f"; {seconds:.2g} s at the peak of {peak.flops / 1e12:.0f} TFLOP/s, which nobody reaches"
         self.say("ok", line)
+
+    def _more_teachers(self) -> list[Config]:
+        """Shapes of the sources' own teachers that run, each once."""
+        own = self.settings.data.own_teachers()
+        names = {path: name for name, path in self.paths.items() if path in own and not (path / CACHE_FILE).is_file()}
+        return [self.configs[name] for name in names.values() if name in self.configs]
 
     def disk(self) -> None:
         """Room for what the run will write."""
@@ -463,7 +484,7 @@ class Preflight:
         with self.fault("step"):
             self._step(self.loader)
 
-    def _step(self, loader: PackedLoader) -> None:
+    def _step(self, loader: Loader) -> None:
         assert self.tokenizer is not None
         shown = first_step(self.settings, loader, self.tokenizer, self.teacher)
         terms = ", ".join(f"{name} {value:.4f}" for name, value in shown.terms.items())
@@ -514,6 +535,10 @@ class Preflight:
 def _beside(student: Path) -> Path:
     """Where the dense base lies if the student has the name that upcycle_moe.py gives."""
     return student.with_name(re.sub(r"-MoE-\d+x\d+$", "", student.name))
+
+
+def _content(record: Record) -> str:
+    return record.text or json.dumps(record.messages, sort_keys=True)
 
 
 def _config_without_weights(path: Path) -> Config:

@@ -43,10 +43,10 @@ class Step:
         self.view: TeacherView = self.teacher.read(self.loader)
         self.teacher.load(dtype=torch.float64)
         student = load_model(world.student, dtype=torch.float64)
-        self.distiller = Distiller(student, tokenizer.thought_ids, self.settings, self.teacher.shared_vocab_size)
+        self.distiller = Distiller(student, tokenizer.thought_ids, self.settings)
         base = load_model(world.base, dtype=torch.float64)
         self.reference = Reference(base, student, tokenizer.thought_ids, self.distiller.layers)
-        self.micros = [MicroBatch(batch, self.settings, self.view, CPU) for batch in self.loader]
+        self.micros = [MicroBatch(batch, self.settings, [self.view], CPU) for batch in self.loader]
         self.totals = Totals(*torch.stack([micro.counts.as_tensor() for micro in self.micros]).sum(0).tolist())
 
     def backward(self, cka_weight: float = 0.0) -> Tensor:
@@ -61,8 +61,7 @@ class Step:
         step_cka.finish()
         sums = torch.zeros(4, dtype=torch.float64)
         for micro in self.micros:
-            assert micro.teacher_batch is not None
-            micro.teacher = self.teacher.targets(micro.teacher_batch, micro.targets_N.numel())
+            micro.teachers = [self.teacher.targets(micro.teacher_batches[0], micro.targets_N.numel())]
             if cka_weight:
                 micro.reference = self.reference.hidden_states(micro.batch)
             micro.load_LE = torch.stack(loads).sum(0)
@@ -110,8 +109,7 @@ def test_each_weight_switches_its_own_term(world: World, term: str) -> None:
 def test_kd_is_scored_on_the_answer_alone(world: World) -> None:
     step = Step(world, 2, task_weight=0.0, kd_weight=1.0, router_weight=0.0)
     micro = step.micros[0]
-    assert micro.teacher_batch is not None
-    micro.teacher = step.teacher.targets(micro.teacher_batch, micro.targets_N.numel())
+    micro.teachers = [step.teacher.targets(micro.teacher_batches[0], micro.targets_N.numel())]
     hidden: list[Tensor] = []
 
     def keep(_module: Any, _arguments: Any, output: Tensor) -> None:
@@ -192,10 +190,9 @@ def test_a_micro_batch_of_padding_alone_has_a_gradient_of_zero(world: World) -> 
     empty.documents_BT = torch.full_like(empty.documents_BT, -1)
     empty.spans_BT = torch.full_like(empty.spans_BT, Span.PAD)
     empty.records = [[] for _ in empty.records]
-    micro = MicroBatch(empty, step.settings, step.view, CPU)
+    micro = MicroBatch(empty, step.settings, [step.view], CPU)
     assert micro.counts == Totals(0, 0, 0, 0)
-    assert micro.teacher_batch is not None
-    micro.teacher = step.teacher.targets(micro.teacher_batch, micro.targets_N.numel())
+    micro.teachers = [step.teacher.targets(micro.teacher_batches[0], micro.targets_N.numel())]
     micro.load_LE = torch.ones(2, 4, dtype=torch.float64)
     loss, _ = step.distiller(micro, step.totals, 0.05)
     assert float(loss.detach()) == 0

@@ -61,7 +61,7 @@ def some_settings(directory: Path = Path(), **changes: Any) -> Settings:
         directory / "teacher",
         directory / "base",
         directory / "out",
-        DataSettings(directory / "train.jsonl", directory / "val.jsonl"),
+        DataSettings(directory / "train.jsonl", val=directory / "val.jsonl"),
         LossSettings(),
         OptimSettings(accumulation=1, steps=100),
         RunSettings(accelerator="cpu"),
@@ -228,7 +228,7 @@ def run_settings(models: World, directory: Path, **changes: Any) -> Settings:
 def plan_of(trainer: Trainer, **how: Any) -> MemoryPlan:
     """The plan of a run, with the share of scored tokens of its fullest micro-batch."""
     settings = trainer.settings
-    micros = [MicroBatch(batch, settings.loss, trainer.view, torch.device("cpu")) for batch in trainer.loader]
+    micros = [MicroBatch(batch, settings.loss, trainer.views, torch.device("cpu")) for batch in trainer.loader]
     trainer.loader.epoch = 0
     scored = max(float((micro.ce_weight_N != 0).float().mean()) for micro in micros)
     return plan_memory(

@@ -187,7 +187,7 @@ def make_trainer(world: World, out_dir: Path, **changes: Any) -> Trainer:
         teacher=world.teacher,
         base=world.base,
         out_dir=out_dir,
-        data=DataSettings(world.train, world.val, max_seq_length=320, micro_batch_size=1),
+        data=DataSettings(world.train, val=world.val, max_seq_length=320, micro_batch_size=1),
         loss=LossSettings(),
         optim=OptimSettings(steps=2, accumulation=2),
         run=RunSettings(accelerator="cpu", samples=0),
