@@ -41,10 +41,6 @@ class SourceSettings:
     teacher: Path | None = None
     """Lit dir of the teacher for this source; the run's own unless given."""
 
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.weight) and self.weight > 0):
-            raise UserError(f"the source {self.path} has weight {self.weight}: expected a number above 0")
-
 
 @dataclass(frozen=True)
 class Source:
@@ -101,6 +97,8 @@ def read_sources(
     """
     if not settings:
         raise UserError("the mixture has no source: name at least one")
+    for name, one in settings.items():
+        _check_weight(name, one.weight)
     sources: list[Source] = []
     source_of_id: dict[str, str] = {}
     for name, one in settings.items():
@@ -268,9 +266,13 @@ class MixtureLoader(PackedLoader):
         return self._into_rows([row[0] for row in merged], self._lengths)
 
 
+def _check_weight(name: str, weight: float) -> None:
+    if not (math.isfinite(weight) and weight > 0):
+        raise UserError(f"the source {name!r} has weight {weight}: expected a number above 0")
+
+
 def _check(source: Source, max_seq_length: int) -> None:
-    if not (math.isfinite(source.weight) and source.weight > 0):
-        raise UserError(f"the source {source.name!r} has weight {source.weight}: expected a number above 0")
+    _check_weight(source.name, source.weight)
     if not source.records:
         raise UserError(f"the source {source.name!r} is empty")
     fitting = [document for document in source.documents if len(document.ids_T) <= max_seq_length]

@@ -6,10 +6,9 @@ And a cache folder of its own, so that tests leave nothing in the user's.
 import os
 import tempfile
 
+import torch
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start
 _cache = tempfile.TemporaryDirectory(prefix="test-cache-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
-
-import torch
-
 torch.set_num_threads(1)
