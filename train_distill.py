@@ -30,6 +30,7 @@ from litgpt import finish, rundir, strategy
 from litgpt.checkpoint import load_model, read_provenance, require_lit_dir
 from litgpt.cka import MINIMUM_ROWS
 from litgpt.config import Config
+from litgpt.data import Batch
 from litgpt.distill import Distiller, MicroBatch, Reference, StepCka, Totals, evaluate
 from litgpt.flops import peak_flops, step_flops
 from litgpt.guards import STOPPED_EXIT_CODE, SpikeWatch, StopRequest
@@ -38,6 +39,7 @@ from litgpt.losses import falling_weight
 from litgpt.memoryplan import Placement, device_memory, plan_memory
 from litgpt.mixture import MixtureLoader
 from litgpt.model import GPT
+from litgpt.onpolicy import OnPolicy, refuse_unfit
 from litgpt.recipe import (
     DataSettings,
     LossSettings,
@@ -146,9 +148,14 @@ class Trainer:
             opened = partial(open_teacher, student=self.tokenizer, view=settings.loss.teacher_view)
             self.teacher = opened(settings.teacher)
             self.own_teachers = {path: opened(path) for path in data.own_teachers()}
+        if settings.loss.on_policy > 0:
+            refuse_unfit(self.teachers, self.tokenizer)
         self._check_lengths()
 
         settings.run = strategy.on_this_machine(settings.run)
+        if settings.loss.on_policy > 0 and settings.run.strategy == "fsdp":
+            # Each rank's replies have other lengths, and a sharded student needs all ranks at every token.
+            raise UserError("loss.on_policy goes with one device or run.strategy ddp, not with fsdp")
         self.fabric = strategy.make_fabric(settings.run, settings.out_dir, checkpoint["step"] if checkpoint else 0)
         seed_everything(settings.seed, verbose=False)
         # One process tokenises; the others find its work in the cache.
@@ -261,6 +268,18 @@ class Trainer:
                 # The teacher's head is read by the loss.
                 strategy.shard(model, mesh, whole=[cast(torch.nn.Parameter, model.lm_head.weight)], offload=run.offload)
         self.module = self.fabric.setup_module(self.distiller)
+        self.on_policy: OnPolicy | None = None
+        if settings.loss.on_policy > 0:
+            self.on_policy = OnPolicy(
+                self.distiller,
+                self.tokenizer,
+                self.loader,
+                self.teachers,
+                self.views,
+                share=settings.loss.on_policy,
+                temperature=settings.loss.on_policy_temperature,
+                seed=settings.seed,
+            )
         # After the module: FSDP has put parts in the place of its parameters.
         self.optimizer = strategy.make_optimizer(self.distiller, self.distiller.rows_parameters(), settings.optim)
 
@@ -335,10 +354,7 @@ class Trainer:
     def _train_step(self, batches: Iterator[Any]) -> dict[str, float]:
         """One optimizer step over `accumulation` micro-batches; returns the step's global metrics."""
         settings, fabric = self.settings, self.fabric
-        optim = settings.optim
-        micros = [
-            MicroBatch(next(batches), settings.loss, self.views, fabric.device) for _ in range(optim.accumulation)
-        ]
+        micros = [self._micro_batch(next(batches), number) for number in range(settings.optim.accumulation)]
         counted = sum((micro.counts.as_tensor() for micro in micros), torch.zeros(4, dtype=torch.float64))
         totals = Totals(*self._sum_over_ranks(counted.to(fabric.device)).tolist())
         cka_weight = self._cka_weight()
@@ -391,7 +407,17 @@ class Trainer:
             "expert_max_over_mean": float((step_load_LE.amax(1) / step_load_LE.mean(1)).max()),
             "expert_min_over_mean": float((step_load_LE.amin(1) / step_load_LE.mean(1)).min()),
             "tokens": totals.tokens,
+            "on_policy": sum(micro.generated for micro in micros) / len(micros),
         } | ({} if finite else {"skipped": 1.0})
+
+    def _micro_batch(self, batch: Batch, number: int) -> MicroBatch:
+        """The step's micro-batch `number`, perhaps with the student's own replies."""
+        views = self.views
+        generated = self.on_policy is not None and self.on_policy.chosen(self.step, number)
+        if self.on_policy is not None and generated:
+            with self.fabric.autocast():
+                batch, views = self.on_policy.batch(batch, self.step, number, self.fabric.global_rank)
+        return MicroBatch(batch, self.settings.loss, views, self.fabric.device, generated=generated)
 
     def _flops(self, totals: Totals, cka_weight: float) -> float:
         """What the step's model FLOPs are, for MFU; of a teacher that has run already there is its head at most."""

@@ -160,6 +160,7 @@ class MicroBatch:
 
     Attributes:
         batch: ids, spans, documents.
+        generated: whether the student has said it itself; see `litgpt.onpolicy`.
         targets_N, target_spans_N: what each position predicts and that id's span.
         ce_weight_N: weight in the cross-entropy, fp32.
         cka_BT: which tokens are rows of CKA.
@@ -174,12 +175,20 @@ class MicroBatch:
     """
 
     def __init__(
-        self, batch: Batch, settings: LossSettings, views: Sequence[TeacherView], device: torch.device
+        self,
+        batch: Batch,
+        settings: LossSettings,
+        views: Sequence[TeacherView],
+        device: torch.device,
+        *,
+        generated: bool = False,
     ) -> None:
         targets_BT, spans_BT = batch.next_tokens()
         weight_BT = torch.zeros(spans_BT.shape)
-        weight_BT[spans_BT == Span.THOUGHT] = settings.thought_weight
-        weight_BT[spans_BT == Span.ANSWER] = 1.0
+        # What the student has said itself is no truth to be learnt by heart.
+        if not generated:
+            weight_BT[spans_BT == Span.THOUGHT] = settings.thought_weight
+            weight_BT[spans_BT == Span.ANSWER] = 1.0
         cka_BT = select_rows(
             batch.spans_BT, batch.documents_BT, keep_spans=[Span[name.upper()] for name in settings.cka_spans]
         )
@@ -192,6 +201,7 @@ class MicroBatch:
             cka=int(cka_BT.sum()),
             tokens=int(real_BT.sum()),
         )
+        self.generated = generated
         self.batch = batch.to(device)
         self.targets_N = targets_BT.flatten().to(device)
         self.target_spans_N = spans_BT.flatten().to(device)
@@ -401,12 +411,27 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def replies(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        temperature: float = 0.0,
+        seed: int | None = None,
+        forbidden_ids: Sequence[int] = (),
     ) -> list[list[int]]:
-        """Greedy continuations, see `litgpt.generate.generate_batch`."""
+        """Continuations, greedy by default, see `litgpt.generate.generate_batch`."""
         if self.rows is not None:
             self.rows.write_back(self.student)
-        return generate_batch(self.student, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+        return generate_batch(
+            self.student,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            temperature=temperature,
+            seed=seed,
+            forbidden_ids=forbidden_ids,
+        )
 
     def student_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The student's part of this module's state, with the learnt rows in its embedding and head."""

@@ -78,6 +78,11 @@ class LossSettings:
     """CKA looks at every n-th layer and at the last."""
     cka_spans: list[SpanName] = field(default_factory=lambda: ["prompt", "thought", "answer"])
     """Spans whose tokens are rows of CKA; padding and the first token of a dialogue never are."""
+    on_policy: float = 0.0
+    """Share of the micro-batches in which the student answers itself and the teacher scores that; see
+    litgpt/onpolicy.py. The reply takes the place of the dialogue's last one and is at most as long."""
+    on_policy_temperature: float = 1.0
+    """Temperature of these draws."""
     router_weight: float = 0.01
     """Weight of the router's balance loss (1 when all experts get equal shares)."""
     chunk_rows: int = 256
@@ -91,6 +96,10 @@ class LossSettings:
             raise UserError(
                 "loss: expected temperature > 0, cka_every and chunk_rows of at least 1, and cka_fraction in 0 ... 1"
             )
+        if not 0 <= self.on_policy <= 1 or not 0.01 <= self.on_policy_temperature <= 100:
+            raise UserError("loss: expected on_policy in 0 ... 1 and on_policy_temperature in 0.01 ... 100")
+        if self.on_policy > 0 and self.kd_weight == 0:
+            raise UserError("loss.on_policy: there is no teacher to score the student's replies with kd_weight 0")
         self.divergence()
 
     def divergence(self) -> Divergence:

@@ -195,7 +195,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_does_no_harm(
 
 def test_mistakes_are_named(files: dict[str, Path], tokenizer: Tokenizer, tmp_path: Path) -> None:
     for weight in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="'advice' has weight .*: expected a number above 0"):
+        with pytest.raises(UserError, match=r"'advice' has weight .*: expected a number above 0"):
             read_sources({"advice": SourceSettings(files["advice"], weight)}, tokenizer, NO_CACHE)
     with pytest.raises(UserError, match="has no source"):
         read_sources({}, tokenizer)
