@@ -429,18 +429,12 @@ class Trainer:
             tokens=totals.tokens,
             kd_tokens=totals.kd,
             world_size=self.fabric.world_size,
-            more_teachers=self._own_shares(),
+            more_teachers=[
+                (own.config, self.settings.data.token_share(path))
+                for path, own in self.own_teachers.items()
+                if own.model
+            ],
         ).model
-
-    def _own_shares(self) -> list[tuple[Config, float]]:
-        """The teachers of single sources that run, and their shares of the tokens, as the sources' weights say."""
-        sources = list((self.settings.data.sources or {}).values())
-        total = sum(source.weight for source in sources)
-        return [
-            (own.config, sum(source.weight for source in sources if source.teacher == path) / total)
-            for path, own in self.own_teachers.items()
-            if own.model
-        ]
 
     def _cka_weight(self) -> float:
         loss = self.settings.loss

@@ -439,6 +439,10 @@ class _Needs:
             products = min(2 * N * N, 2 * D * D) if N * 2 * D < 3 * D * D else 2 * D * D
             centred = 2 * own + self._layers * products * FP32
             yield Item("CKA", centred, "centred rows of student and base", ("cka",))
+            if settings.optim.accumulation * self.world_size > 1:
+                # Of each side with itself and of both, in fp64, kept from the survey to the last share of the step.
+                moments = self._layers * (2 * D * D + D * (self.base.n_embd if self.base else D)) * 8
+                yield Item("CKA's moments", moments, "of the whole step, fp64", MOMENTS[:-1])
             yield Item("CKA's gradients", own, f"into {self._layers} layers", ("loss", "first block"))
 
 

@@ -167,6 +167,11 @@ class DataSettings:
                 found.setdefault(source.teacher, []).append(number)
         return found
 
+    def token_share(self, teacher: Path) -> float:
+        """Share of the tokens that a teacher of single sources reads, as the weights say."""
+        sources = (self.sources or {}).values()
+        return sum(source.weight for source in sources if source.teacher == teacher) / sum(s.weight for s in sources)
+
 
 @dataclass
 class OptimSettings:

@@ -86,7 +86,11 @@ def cache_teacher(
     loaders = []
     for path in data:
         loader = PackedLoader(
-            read_records(path), tokenizer, max_seq_length=max_seq_length, micro_batch_size=1, shuffle=False
+            read_records(path, texts=True),
+            tokenizer,
+            max_seq_length=max_seq_length,
+            micro_batch_size=1,
+            shuffle=False,
         )
         if rank == 0:
             loader.say_dropped(path.name)

@@ -434,7 +434,7 @@ class Preflight:
                 world_size=self._world_size,
                 device_bytes=device_bytes,
                 placement=Placement.of(settings, self.teacher, on_gpu=self.on_gpu, scored_share=self._scored_share()),
-                more_teachers=self._more_teachers(),
+                more_teachers=[config for config, _ in self._more_teachers()],
             )
             print(f"\n{plan.table()}\n")
             name = self.gpu or (torch.cuda.get_device_name() if self.on_gpu else "this machine")
@@ -444,7 +444,10 @@ class Preflight:
             if self.gpu is None and not self.on_gpu and student.n_embd > 512:
                 self.say("warning", 'memory: planned for a CPU; --gpu "NVIDIA H200" plans for a GPU that is not here')
         tokens = tokens_per_step(settings, self._world_size)
-        flops = step_flops(student, teacher, base, settings, tokens=tokens, world_size=self._world_size)
+        more = self._more_teachers()
+        flops = step_flops(
+            student, teacher, base, settings, tokens=tokens, world_size=self._world_size, more_teachers=more
+        )
         line = f"a step: at most {tokens} tokens, {flops.model / 1e12:.3g} TFLOP"
         line += f" ({flops.model / tokens / 1e9:.3g} GFLOP a token)"
         peak = GPUS.get(self.gpu or (torch.cuda.get_device_name() if self.on_gpu else ""))
@@ -453,11 +456,12 @@ class Preflight:
             line += f"; {seconds:.2g} s at the peak of {peak.flops / 1e12:.0f} TFLOP/s, which nobody reaches"
         self.say("ok", line)
 
-    def _more_teachers(self) -> list[Config]:
-        """Shapes of the sources' own teachers that run, each once."""
-        own = self.settings.data.own_teachers()
-        names = {path: name for name, path in self.paths.items() if path in own and not (path / CACHE_FILE).is_file()}
-        return [self.configs[name] for name in names.values() if name in self.configs]
+    def _more_teachers(self) -> list[tuple[Config, float]]:
+        """Shapes of the sources' own teachers that run, each once, and their shares of the tokens."""
+        data = self.settings.data
+        running = {path for path in data.own_teachers() if not (path / CACHE_FILE).is_file()}
+        names = {path: name for name, path in self.paths.items() if path in running and name in self.configs}
+        return [(self.configs[name], data.token_share(path)) for path, name in names.items()]
 
     def disk(self) -> None:
         """Room for what the run will write."""

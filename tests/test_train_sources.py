@@ -173,6 +173,26 @@ def test_a_mixture_is_trained_reported_and_resumed(world: World, texts: Path, tm
     assert {"sources.advice_sha256", "sources.general_sha256", "sources.general.teacher_sha256"} <= set(distilled)
 
 
+def test_two_processes_that_share_two_teachers_equal_one(world: World, texts: Path, tmp_path: Path) -> None:
+    """Sharded, both teachers must be asked by both processes, also where only one of them has rows for it."""
+    command = [
+        *(sys.executable, str(ROOT / "train_distill.py")),
+        *(f"--student={world.student}", f"--teacher={world.teacher}", f"--base={world.base}"),
+        f'--data.sources={{advice: {{path: "{world.train}", weight: 3}}, '
+        f'general: {{path: "{texts}", teacher: "{world.base}"}}}}',
+        *(f"--data.val={world.val}", "--data.max_seq_length=320", "--data.micro_batch_size=1", "--loss.cka_every=1"),
+        *("--optim.steps=3", "--optim.lr=0.01", "--run.accelerator=cpu", "--run.samples=0", "--run.val_every=100"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ways = {"one": ["--optim.accumulation=2"], "two": ["--optim.accumulation=1", "--run.devices=2"]}
+    ways["two"].append("--run.strategy=fsdp")
+    for name, how in ways.items():
+        subprocess.run([*command, f"--out_dir={tmp_path / name}", *how], env=environment, check=True, timeout=300)
+    one, two = load_state(tmp_path / "one" / "final"), load_state(tmp_path / "two" / "final")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
+
+
 def test_a_stream_trains_as_its_records_do(world: World, tmp_path: Path) -> None:
     pytest.importorskip("litdata")
     write_stream(world.train, world.student, tmp_path / "stream")
