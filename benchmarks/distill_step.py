@@ -311,7 +311,9 @@ def our_step(task: Task, *, cached: bool) -> tuple[Callable[[], tuple[float, flo
 def plain_loop(task: Task) -> tuple[Callable[[], tuple[float, float]], int, float]:
     """Transformers models, padded rows, dense logits."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     device = torch.device(task.device)
     loader, tokenizer = make_loader(task)
     documents = loader.documents
