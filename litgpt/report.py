@@ -21,9 +21,11 @@ from litgpt.report_text import (
     code,
     exam_table,
     fenced,
+    further_tables,
     held_out_table,
     number,
     router_table,
+    sources_table,
     table,
     training_table,
 )
@@ -91,9 +93,12 @@ def report_page(run: RunFiles, drawn: set[str]) -> str:
     parts += ["## Held-out dialogues"]
     if before or after:
         parts += [held_out_table(before, after, after_name=after_name), _about_validation(run)]
+        parts += further_tables(before, after, after_name=after_name)
     else:
         parts += ["No validation has been logged yet."]
     parts += ["## The training", training_table(run)]
+    sources = ((run.metrics or {}).get("training") or {}).get("sources")
+    parts += [sources_table(sources)] if sources else []
     parts += _picture("curves.png", "loss terms, schedules, gradient norm, speed and expert load by step", drawn)
     parts += ["## Likeness to the dense base"]
     if before.get("cka") or after.get("cka"):

@@ -21,6 +21,7 @@ from litgpt.report_text import (
     code,
     exam_table,
     fenced,
+    further_tables,
     held_out_table,
     router_table,
     table,
@@ -124,6 +125,8 @@ def _what(run: RunFiles, config: Config) -> str:
         text += f" by upcycling (recipe: {_upcycled(run).get('recipe', UNKNOWN)}{_proof(run)})"
     if run.setting("loss.kd_weight") != 0:
         text += f", then distilled from {code(run.setting('teacher') or UNKNOWN)}"
+        own = list(dict.fromkeys(teacher for _, teacher in _own_teachers(run)))
+        text += f" and, for single sources of its data, from {' and '.join(map(code, own))}" if own else ""
     frozen = (run.metrics or {}).get("frozen") or {}
     rows = " and the rows of the two thought tokens" if _upcycled(run).get("thought_ids") else ""
     text += f". Routers, experts{rows} were trained"
@@ -181,8 +184,10 @@ def _training(run: RunFiles) -> str:
     rows = [
         ["cross-entropy on thought and answer", said("loss.task_weight"),
          f"a thought token counts {said('loss.thought_weight')}"],
-        ["KL(teacher, student) on the answer", said("loss.kd_weight"),
-         f"temperature {said('loss.temperature')}, teacher's view {said('loss.teacher_view')}"],
+        [_divergence(run), said("loss.kd_weight"),
+         f"temperature {said('loss.temperature')}, teacher's view {said('loss.teacher_view')}"
+         + (f"; on-policy in {share:.0%} of the micro-batches: the student's own answers at temperature "
+            f"{said('loss.on_policy_temperature')}" if (share := run.setting("loss.on_policy") or 0) else "")],
         ["1 − CKA to the dense base", f"{said('loss.cka_weight')} → {said('loss.cka_weight_end')}",
          f"linearly over {said('loss.cka_fraction')} of the steps; spans {said('loss.cka_spans')}"],
         ["router balance", said("loss.router_weight"), "1 when all experts get equal shares"],
@@ -205,6 +210,28 @@ def _training(run: RunFiles) -> str:
     return "\n".join(lines)
 
 
+def _divergence(run: RunFiles) -> str:
+    """How the KD term compares student and teacher; runs of the time before it could be chosen are forward KL."""
+    kind = run.setting("loss.kd_kind") or "forward"
+    names = {
+        "forward": "KL(teacher, student)",
+        "reverse": "KL(student, teacher)",
+        "jsd": f"generalised Jensen-Shannon divergence, beta {run.setting('loss.kd_beta')}",
+        "skew": f"skew KL(teacher, {run.setting('loss.kd_alpha')} teacher + the rest student)",
+    }
+    return f"{names.get(kind, kind)} on the answer"
+
+
+def _sources(run: RunFiles) -> Mapping[str, Mapping[str, Any]]:
+    """The settings of each source of a mixture; empty without one."""
+    return run.setting("data.sources") or {}
+
+
+def _own_teachers(run: RunFiles) -> list[tuple[str, str]]:
+    """Source, its own teacher."""
+    return [(name, str(source["teacher"])) for name, source in _sources(run).items() if source.get("teacher")]
+
+
 def _hashes(value: object) -> str:
     """A hash, or hashes by file name, as a table's cell."""
     if isinstance(value, Mapping):
@@ -214,20 +241,29 @@ def _hashes(value: object) -> str:
 
 def _data(run: RunFiles, datasets: Sequence[str]) -> str:
     training = (run.metrics or {}).get("training") or {}
+
+    def row(label: str, path: object, read: object, too_long: object, digest: str) -> list[str]:
+        left_out = str(len(too_long)) if isinstance(too_long, list) else UNKNOWN
+        hashes = _hashes(_distilled(run).get(f"{digest}_sha256"))
+        return [label, code(path or UNKNOWN), UNKNOWN if read is None else str(read), left_out, hashes]
+
+    def split(label: str, setting: str, name: str) -> list[str]:
+        read, too_long = (training.get(f"{name}_dialogues{end}") for end in ("", "_too_long"))
+        return row(label, run.setting(f"data.{setting}"), read, too_long, setting)
+
     rows = []
-    for split, label in (("train", "training"), ("val", "held-out")):
-        too_long = training.get(f"{split}_dialogues_too_long")
-        rows.append(
-            [
-                label,
-                code(run.setting(f"data.{split}") or UNKNOWN),
-                f"{training.get(f'{split}_dialogues', UNKNOWN)}",
-                str(len(too_long)) if isinstance(too_long, list) else UNKNOWN,
-                _hashes(_distilled(run).get(f"{split}_sha256")),
-            ]
-        )
+    for name, source in _sources(run).items():
+        given = (training.get("sources") or {}).get(name) or {}
+        label = f"training, {source.get('weight', UNKNOWN)} parts: {code(name)}"
+        rows.append(row(label, source.get("path"), given.get("documents"), given.get("dropped"), f"sources.{name}"))
+    if not rows:
+        rows.append(split("training", "stream" if run.setting("data.stream") else "train", "train"))
+    rows.append(split("held-out", "val", "val"))
+    for name, path in (run.setting("data.more_val") or {}).items():
+        # Of these the run notes no more than the file.
+        rows.append(row(f"held-out, further: {code(name)}", path, None, None, f"more_val.{name}"))
     known = f"On the hub: {', '.join(map(code, datasets))}." if datasets else "No name on the hub was given for them."
-    head = ["split", "file", "dialogues read", "left out as too long", "SHA-256"]
+    head = ["split", "file", "documents read", "left out as too long", "SHA-256"]
     return f"{table(head, rows, numbers_from=5)}\n\n{known}"
 
 
@@ -245,6 +281,8 @@ def _models(run: RunFiles, base_model: str | None) -> str:
         ["teacher", code(run.setting("teacher") or UNKNOWN) if with_teacher else "none (loss.kd_weight is 0)",
          (hub_name(run.setting("teacher")) or UNKNOWN) if with_teacher else "",
          _hashes(distilled.get("teacher_sha256")) if with_teacher else ""],
+        *([f"teacher of the source {code(name)}", code(teacher), hub_name(teacher) or UNKNOWN,
+           _hashes(distilled.get(f"sources.{name}.teacher_sha256"))] for name, teacher in _own_teachers(run)),
     ]  # fmt: skip
     note = "Names on the hub follow from the directories' names, where they are not given by hand."
     return f"{table(['', 'directory', 'on the hub', 'SHA-256'], rows, numbers_from=4)}\n\n{note}"
@@ -274,6 +312,7 @@ def _evaluation(run: RunFiles) -> str:
         "Before: the upcycled student at step 0. After: this model. On held-out dialogues, each answer after the "
         "dialogue's own thought.",
         held_out_table(before, after),
+        *further_tables(before, after),
     ]
     if before.get("cka") or after.get("cka"):
         parts += [

@@ -23,7 +23,8 @@ SMOOTHED_FROM = 30
 WIDEST_WINDOW = 201
 LOG_FROM = 10.0
 """A panel of positive values gets a log scale where the largest is this many times the smallest."""
-_RAW, _SMOOTH, _VALIDATION = "tab:blue", "navy", ("tab:orange", "tab:red", "tab:purple", "tab:brown")
+_RAW, _SMOOTH = "tab:blue", "navy"
+_VALIDATION = ("tab:orange", "tab:red", "tab:purple", "tab:brown", "tab:pink", "gray")
 
 
 @dataclass
@@ -77,6 +78,14 @@ def panels(run: RunFiles) -> list[Panel]:
             label.replace("_", "-", 1).replace("_", " "): run.series(f"val/{name}") for label, name in names.items()
         }
 
+    def further(measures: Mapping[str, str]) -> dict[str, Series]:
+        names = [column[4:].rpartition("/") for column in run.columns if column.startswith("val_")]
+        return {
+            f"{name}, {measures[measure]}".rstrip(", "): run.series(f"val_{name}/{measure}")
+            for name, _, measure in names
+            if measure in measures
+        }
+
     def on(name: str) -> dict[str, Series]:
         series = run.series(name)
         return {"": series} if any(series.values) else {}
@@ -89,10 +98,16 @@ def panels(run: RunFiles) -> list[Panel]:
         Panel(
             f"cross-entropy (weight {_said(weight['task'])}), nats a token",
             curve("ce"),
-            points(held_out_answer="answer_ce", held_out_thought="thought_ce"),
+            points(held_out_answer="answer_ce", held_out_thought="thought_ce")
+            | further({"answer_ce": "answer", "thought_ce": "thought"}),
             log=True,
         ),
-        Panel(f"KD: KL to the teacher (weight {_said(weight['kd'])})", on("kd"), points(held_out="kd_kl"), log=True),
+        Panel(
+            f"KD: KL to the teacher (weight {_said(weight['kd'])})",
+            on("kd"),
+            points(held_out="kd_kl") | further({"kd_kl": ""}),
+            log=True,
+        ),
         Panel(
             "1 − CKA to the base",
             {"": Series(likeness.steps, [1 - value for value in likeness.values])},
@@ -115,14 +130,15 @@ def panels(run: RunFiles) -> list[Panel]:
             level=(1.0, "equal shares"),
         ),
         Panel("tokens a step", curve("tokens")),
+        Panel("share of micro-batches on-policy", on("on_policy")),
         Panel("steps left out, as not finite", curve("skipped"), events=True),
     ]
     known_columns = {"loss", "ce", "kd", "cka", "balance", "lr", "cka_weight", "tokens_per_second", "tokens", "skipped"}
-    known_columns |= {"val/answer_ce", "val/thought_ce", "val/kd_kl"}
+    known_columns |= {"on_policy", "eta_seconds", "val/answer_ce", "val/thought_ce", "val/kd_kl"}
     known_columns |= {f"{where}expert_{end}_over_mean" for where in ("", "val/") for end in ("max", "min")}
     others: dict[str, Panel] = {}
     for name in run.columns:
-        if name in known_columns or name.startswith(("grad_norm", "val/cka_")):
+        if name in known_columns or name.startswith(("grad_norm", "val/cka_", "val_")):
             continue
         bare = name.removeprefix("val/")
         # x_0, x_1, ... are one panel.

@@ -21,8 +21,8 @@ HELD_OUT: Mapping[str, tuple[str, str]] = {
 TRAINING: Mapping[str, str] = {
     "steps": "optimizer steps",
     "seconds": "seconds, with validations and checkpoints",
-    "train_dialogues": "training dialogues",
-    "train_dialogues_too_long": "training dialogues left out as too long",
+    "train_dialogues": "training documents",
+    "train_dialogues_too_long": "training documents left out as too long",
     "val_dialogues": "held-out dialogues",
     "val_dialogues_too_long": "held-out dialogues left out as too long",
     "padding_share": "share of padding in the micro-batches",
@@ -77,6 +77,34 @@ def held_out_table(before: Mapping[str, Any], after: Mapping[str, Any], *, after
         tokens = after.get(counted, before.get(counted))
         rows.append([label, number(values[0]), number(values[1]), change(*values), number(tokens)])
     return table(["held-out dialogues", "before", after_name, "difference", "tokens"], rows)
+
+
+def further_tables(before: Mapping[str, Any], after: Mapping[str, Any], *, after_name: str = "after") -> list[str]:
+    """The same for each further validation file, under its name; empty where there is none."""
+    sides = [values.get("more_val") or {} for values in (before, after)]
+    parts = []
+    for name in dict.fromkeys([*sides[0], *sides[1]]):
+        own = [side.get(name) or {} for side in sides]
+        parts += [f"{code(name)}:", held_out_table(*own, after_name=after_name)]
+    return parts
+
+
+def sources_table(sources: Mapping[str, Mapping[str, Any]]) -> str:
+    """What each source of a mixture has given."""
+    rows = [
+        [
+            code(name),
+            number(own.get("documents")),
+            number(len(own.get("dropped") or [])),
+            number(own.get("tokens")),
+            number(own.get("share"), 3),
+            number(own.get("epochs"), 2),
+            number(own.get("padding_share"), 3),
+        ]
+        for name, own in sources.items()
+    ]
+    head = ["source", "documents", "left out as too long", "tokens", "share of the tokens", "passes", "padding share"]
+    return table(head, rows)
 
 
 def cka_table(before: Mapping[str, float], after: Mapping[str, float], *, after_name: str = "after") -> str:

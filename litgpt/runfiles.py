@@ -115,11 +115,16 @@ class RunFiles:
         """
         if self.metrics is not None:
             return self.metrics.get("before"), self.metrics.get("after")
-        found = [
-            {"step": step} | _nested({name[4:]: value for name, value in values.items() if name.startswith("val/")})
-            for step, values in self.lines.items()
-            if any(name.startswith("val/") for name in values)
-        ]
+        found = []
+        for step, values in self.lines.items():
+            if any(name.startswith("val/") for name in values):
+                own = _nested({name[4:]: value for name, value in values.items() if name.startswith("val/")})
+                more: dict[str, dict[str, float]] = {}
+                for column in values:
+                    if column.startswith("val_"):
+                        name, _, measure = column[4:].rpartition("/")
+                        more.setdefault(name, {})[measure] = values[column]
+                found.append({"step": step} | own | ({"more_val": more} if more else {}))
         return (found[0] if found else None), (found[-1] if len(found) > 1 else None)
 
 

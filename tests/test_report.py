@@ -265,8 +265,46 @@ def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
     assert row(text, "cross-entropy of the thought")[1:4] == ["3.5000", "–", "–"]
     assert "| 1 | 1.0000 | – | – |" in text and "nan" not in text.lower()
     assert row(text, "share of padding")[1] == "unknown"
-    assert row(text, "training dialogues left out")[1] == "2"
+    assert row(text, "training documents left out")[1] == "2"
     assert row(text, "tokens a step, median")[1] == "120"  # of 101 ... 140
+
+
+def test_further_held_out_files_are_shown_under_their_names(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", over=False)
+    further = {"val_सामान्य/answer_ce": 4.25, "val_सामान्य/kd_kl": 0.5, "val_b/c/answer_ce": 7.5}
+    write_lines(run, [validation_row(0) | further, *training_rows(1, 20), validation_row(20) | further])
+    text = page(run)
+    assert row(text.split("`सामान्य`:")[1], "cross-entropy of the answer")[1:4] == ["4.2500", "4.2500", "+0.0000"]
+    assert row(text.split("`b/c`:")[1], "cross-entropy of the answer")[1] == "7.5000"
+    shown = found(run)
+    assert not any("val_" in title for title in shown)
+    assert shown["cross-entropy"].points["सामान्य, answer"].values == [4.25, 4.25]
+    assert shown["KD: KL to the teacher"].points["सामान्य"].values == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        ({}, "| KL(teacher, student) on the answer | 0.5 | temperature"),
+        ({"kd_kind": "reverse"}, "| KL(student, teacher) on the answer | 0.5 |"),
+        ({"kd_kind": "jsd", "kd_beta": 0.3}, "| generalised Jensen-Shannon divergence, beta 0.3 on the answer |"),
+        ({"kd_kind": "skew", "kd_alpha": 0.2}, "| skew KL(teacher, 0.2 teacher + the rest student) on the answer |"),
+        ({"on_policy": 0.25, "on_policy_temperature": 0.8}, "on-policy in 25% of the micro-batches: the student's own "
+         "answers at temperature 0.8 |"),
+    ],
+)  # fmt: skip
+def test_the_card_says_how_student_and_teacher_were_compared(trained: Path, loss: dict[str, Any], said: str) -> None:
+    run = read_run(trained)
+    names = ("kd_kind", "kd_beta", "kd_alpha", "on_policy", "on_policy_temperature")
+    run.settings["loss"] = {name: value for name, value in run.settings["loss"].items() if name not in names} | loss
+    assert said in model_card(run) and ("on-policy" in model_card(run)) == ("on_policy" in loss)
+
+
+def test_the_card_names_a_stream(trained: Path) -> None:
+    run = read_run(trained)
+    run.settings["data"] = run.settings["data"] | {"train": None, "stream": "data/stream"}
+    run.provenance["distilled"]["stream_sha256"] = "ab" * 32
+    assert f"| training | `data/stream` | 12 | 0 | `{'ab' * 32}` |" in model_card(run)
 
 
 def test_a_cut_last_line_is_left_out_and_said(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from litgpt.mixture import SourceSettings
 from litgpt.recipe import DataSettings, LossSettings, OptimSettings, RunSettings, Settings
 from litgpt.rendered import RenderSettings
 from litgpt.streaming import write_stream
-from litgpt.utils import UserError, run_cli
+from litgpt.utils import UserError, run_cli, sha256_file
 from tests.world import World, make_world
 from train_distill import Trainer, distill
 
@@ -171,6 +171,15 @@ def test_a_mixture_is_trained_reported_and_resumed(world: World, texts: Path, tm
     assert "val_general/answer_ce" in (whole / "metrics.csv").read_text(encoding="utf-8")
     distilled = read_provenance(whole / "final")["distilled"]
     assert {"sources.advice_sha256", "sources.general_sha256", "sources.general.teacher_sha256"} <= set(distilled)
+    text, card = ((whole / name).read_text(encoding="utf-8") for name in ("report/README.md", "final/README.md"))
+    assert f"| `general` | 12 | 0 | {sources['general']['tokens']:,} | 0.250 |" in text
+    for shown in (text, card):
+        own = shown.split("`general`:\n")[1].split("##")[0]
+        assert f"{general[0]['answer_ce']:.4f} | {general[1]['answer_ce']:.4f}" in own
+    assert f"training, 3.0 parts: `advice` | `{world.train}` | 12 | 0 | `{sha256_file(world.train)}`" in card
+    assert f"held-out, further: `general` | `{texts}`" in card and sha256_file(texts) in card
+    assert f"| teacher of the source `general` | `{world.base}`" in card
+    assert f"for single sources of its data, from `{world.base}`" in card
 
 
 def test_two_processes_that_share_two_teachers_equal_one(world: World, texts: Path, tmp_path: Path) -> None:
