@@ -159,7 +159,7 @@ def load_state(checkpoint_dir: str | os.PathLike[str]) -> dict[str, Tensor]:
     config = Config.from_checkpoint(directory)
     reader = LitReader(directory)
     on_disk, in_memory = layout(config, "lit"), layout(config, "memory")
-    _check_tensors(reader.path, reader.specs, on_disk, because=CONFIG_FILE)
+    check_tensors(reader.path, reader.specs, on_disk, because=CONFIG_FILE)
     # Training on a GPU leaves the GPU's name in the file.
     mapped = torch.load(reader.path, mmap=True, weights_only=True, map_location="cpu")
     mapped = mapped.get("model", mapped)
@@ -168,7 +168,7 @@ def load_state(checkpoint_dir: str | os.PathLike[str]) -> dict[str, Tensor]:
         for name in in_memory.names
     }
     if config.tie_embeddings:
-        _check_tied(reader, LIT_HEAD, LIT_EMBED)
+        check_tied(reader, LIT_HEAD, LIT_EMBED)
         state[LIT_HEAD] = state[LIT_EMBED]
     elif reader.shares_storage(LIT_HEAD, LIT_EMBED):
         # LitGPT stores a tied model so and trains the two apart; they must not share memory then.
@@ -256,7 +256,7 @@ def save_lit_dir(
             tokenizer.save(temporary)
         write_config(temporary, config)
         # Both are facts about this directory, whatever a copied provenance says.
-        facts = {"tie_embeddings": tied, "tool": tool_version()}
+        facts = config.ours() | {"tool": tool_version()}
         write_provenance(temporary, facts | dict(provenance) | facts)
         write_hf_config(temporary, config, source_dir, dtypes={dtype for _, dtype in specs.values()})
 
@@ -287,15 +287,15 @@ def convert_hf_to_lit(
         if not (directory / file).is_file():
             what = f"holds no {file}" if directory.is_dir() else "does not exist"
             raise UserError(f"{directory} {what}; download the checkpoint first: python scripts/download.py")
-    config = _config_of_hf_dir(directory, name, {} if block_size is None else {"block_size": block_size})
+    config = config_of_hf_dir(directory, name, {} if block_size is None else {"block_size": block_size})
     tied = config.tie_embeddings
     reader = HFReader(directory)
-    source, target = _hf_layout(config, reader.specs), layout(config, "lit", tied=tied)
+    source, target = hf_layout(config, reader.specs), layout(config, "lit", tied=tied)
     redundant = {HF_HEAD} if tied else set()
     buffers = {pattern.format(i=i) for pattern in DERIVED_HF_BUFFERS for i in range(config.n_layer)}
-    _check_tensors(directory, reader.specs, source, because=HF_CONFIG_FILE, ignored=redundant | buffers)
+    check_tensors(directory, reader.specs, source, because=HF_CONFIG_FILE, ignored=redundant | buffers)
     if tied and HF_HEAD in reader.specs:
-        _check_tied(reader, HF_HEAD, HF_EMBED)
+        check_tied(reader, HF_HEAD, HF_EMBED)
 
     specs = {
         name: (shape, dtype or _common_dtype(directory, name, target, source, reader))
@@ -310,7 +310,7 @@ def convert_hf_to_lit(
         }
     with full_disk_is_users_error(directory):
         provenance = {
-            "tie_embeddings": tied,
+            **config.ours(),
             "tool": tool_version(),
             "converted_from": "safetensors",
             "dtype": _dtype_name(dtype) if dtype else "as stored",
@@ -351,9 +351,9 @@ def convert_lit_to_hf(
     # Some tied checkpoints, Qwen3-0.6B among them, store the head a second time; they get back what they had.
     without_head = tied and not read_provenance(directory).get(STORED_HEAD)
     source, target = layout(config, "lit"), layout(config, "hf", tied=without_head)
-    _check_tensors(reader.path, reader.specs, source, because=CONFIG_FILE)
+    check_tensors(reader.path, reader.specs, source, because=CONFIG_FILE)
     if tied:
-        _check_tied(reader, LIT_HEAD, LIT_EMBED)
+        check_tied(reader, LIT_HEAD, LIT_EMBED)
     specs = {
         name: (shape, reader.specs[source.rows[target.parts[name][0]].tensor].dtype)
         for name, shape in target.shapes.items()
@@ -430,7 +430,7 @@ def _structure(config: Config | None) -> dict[str, Any]:
     }
 
 
-def _config_of_hf_dir(directory: Path, name: str | None, overrides: Mapping[str, Any]) -> Config:
+def config_of_hf_dir(directory: Path, name: str | None, overrides: Mapping[str, Any]) -> Config:
     name = name or directory.resolve().name
     described = Config.from_hf(directory, name=name, **overrides)
     try:
@@ -440,13 +440,13 @@ def _config_of_hf_dir(directory: Path, name: str | None, overrides: Mapping[str,
     return known if _structure(known) == _structure(described) else described
 
 
-def _hf_layout(config: Config, found: Collection[str]) -> Layout:
+def hf_layout(config: Config, found: Collection[str]) -> Layout:
     """The per-expert or the fused layout, whichever differs less from the names found."""
     layouts = (layout(config, "hf", tied=config.tie_embeddings), layout(config, "hf_fused", tied=config.tie_embeddings))
     return min(layouts, key=lambda candidate: len(set(candidate.names) ^ set(found)))
 
 
-def _check_tensors(
+def check_tensors(
     path: Path, found: Mapping[str, Spec], expected: Layout, *, because: str, ignored: Collection[str] = ()
 ) -> None:
     """Raise `UserError` unless exactly the expected tensors were found, in their shapes."""
@@ -470,7 +470,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _check_tied(reader: LitReader | HFReader, head: str, embed: str) -> None:
+def check_tied(reader: LitReader | HFReader, head: str, embed: str) -> None:
     """Raise `UserError` unless head and embedding hold the same numbers; reads them in slices."""
     if isinstance(reader, LitReader) and reader.shares_storage(head, embed):
         return

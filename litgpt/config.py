@@ -2,14 +2,15 @@
 
 - The fields that this model implements are few; every other LitGPT field must hold its neutral value, otherwise
   building the config fails and names it. Nothing is read and then ignored.
-- `tie_embeddings` is ours. LitGPT refuses keys that it does not know, so this one is kept in `provenance.yaml`.
+- `tie_embeddings` and `dense_layers` are ours. LitGPT refuses keys that it does not know, so these are kept in
+  `provenance.yaml`.
 - `from_hf` derives everything from a `config.json` (transformers 4 and 5 spell RoPE differently; both are read).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -38,11 +39,9 @@ NEUTRAL: dict[str, Any] = {
     "rope_interleave": False,
     "bias": False,
     "gelu_approximate": "none",
-    "n_shared_expert": None,
     "n_expert_groups": None,
     "n_topk_groups": None,
     "n_topk_scores_per_group": None,
-    "first_k_dense_replace": None,
     "routed_scaling_factor": 1.0,
     "scale_embeddings": False,
     "lm_head_bias": False,
@@ -57,11 +56,17 @@ NEUTRAL: dict[str, Any] = {
 _SIZES = ("block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple", "n_head")
 _DERIVED = ("padded_vocab_size", "n_query_groups", "head_size", "intermediate_size")  # 0 or None: see below
 _REALS = ("norm_eps", "rope_base")
+_MOE_ONLY = (
+    *("n_expert", "n_expert_per_token", "moe_intermediate_size", "norm_topk_prob"),
+    *("n_shared_expert", "first_k_dense_replace", "dense_layers"),
+)
+OURS = ("tie_embeddings", "dense_layers")
+"""Fields that LitGPT does not know."""
 
 
 @dataclass
 class Config:
-    """Shape and structure of a model. Field names, order and defaults are LitGPT's; the last field is ours.
+    """Shape and structure of a model. Field names, order and defaults are LitGPT's; the last two fields are ours.
 
     The defaults are LitGPT's too (a key missing from its yaml means its default), and they describe a GPT-NeoX, which
     this model is not. Start from `from_name(..., n_layer=2, ...)`, `from_file`, `from_checkpoint` or `from_hf`.
@@ -123,6 +128,8 @@ class Config:
     rope_indices: list[int] | None = None
     tie_embeddings: bool = False
     """lm_head and wte are one parameter. Never written to model_config.yaml."""
+    dense_layers: list[int] = field(default_factory=list)
+    """Layers of a MoE that keep a dense MLP. LitGPT knows only the first k of them (`first_k_dense_replace`)."""
 
     def __post_init__(self) -> None:
         self.name = self.name or self.hf_config.get("name", "")
@@ -153,6 +160,10 @@ class Config:
             self.intermediate_size = self.intermediate_size or 4 * self.n_embd
             # LitGPT's router renormalises whatever this says (its own Qwen3-MoE entries say False); so does ours.
             self.norm_topk_prob = True
+            self.n_shared_expert = self.n_shared_expert or None
+            self.dense_layers = sorted(self.dense_layers) or list(range(self.first_k_dense_replace or 0))
+            prefix = self.dense_layers == list(range(len(self.dense_layers)))
+            self.first_k_dense_replace = len(self.dense_layers) or None if prefix else None
 
     def _check(self) -> None:
         if not self.intermediate_size:
@@ -165,7 +176,11 @@ class Config:
             self._fail(f"mlp_class_name is {self.mlp_class_name!r}, expected 'LLaMAMLP' or 'LLaMAMoE'")
         if self.is_moe and not 1 <= self.n_expert_per_token <= self.n_expert:
             self._fail(f"n_expert_per_token {self.n_expert_per_token} must be between 1 and n_expert {self.n_expert}")
-        for key in () if self.is_moe else ("n_expert", "n_expert_per_token", "moe_intermediate_size", "norm_topk_prob"):
+        if self.is_moe and not set(self.dense_layers) < set(range(self.n_layer)):
+            self._fail(
+                f"dense_layers {self.dense_layers} must be layers of 0 ... {self.n_layer - 1} and leave one for the experts"
+            )
+        for key in () if self.is_moe else _MOE_ONLY:
             if getattr(self, key):
                 self._fail(f"{key} is {getattr(self, key)}, but mlp_class_name is 'LLaMAMLP'; experts need 'LLaMAMoE'")
 
@@ -174,8 +189,13 @@ class Config:
 
     @property
     def is_moe(self) -> bool:
-        """Whether the blocks hold a mixture of experts (in all layers) rather than a dense MLP."""
+        """Whether blocks hold a mixture of experts (all but `dense_layers`) rather than a dense MLP."""
         return self.mlp_class_name == "LLaMAMoE"
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """The layers with experts; none in a dense model."""
+        return [layer for layer in range(self.n_layer) if self.is_moe and layer not in self.dense_layers]
 
     @property
     def expert_size(self) -> int:
@@ -189,9 +209,16 @@ class Config:
         Raises:
             UserError: no family of transformers has this combination.
         """
+        if self.n_shared_expert:
+            self._fail(
+                "no Hugging Face family with these attention layers has a shared expert without a gate of its own; "
+                "such a model trains and runs here and in LitGPT"
+            )
         if self.norm_qk and not self.attn_bias:
             return "qwen3_moe" if self.is_moe else "qwen3"
         if not self.norm_qk and self.is_moe and not self.attn_bias:
+            if self.dense_layers:
+                self._fail(f"Mixtral's format needs experts in all layers, and layers {self.dense_layers} are dense")
             return "mixtral"
         if not self.norm_qk and not self.is_moe:
             if self.attn_bias:
@@ -205,7 +232,10 @@ class Config:
     @property
     def has_hf_family(self) -> bool:
         """Whether some family of transformers has this structure, so that the model can be exported."""
-        return not self.attn_bias or not (self.norm_qk or self.is_moe)
+        try:
+            return bool(self.hf_family)
+        except UserError:
+            return False
 
     @classmethod
     def from_name(cls, name: str, /, **overrides: Any) -> Config:
@@ -246,8 +276,8 @@ class Config:
             raise UserError(f"{folder} {what}; {first}run: {convert}")
         provenance = folder / "provenance.yaml"
         if provenance.is_file():
-            tied = _read_mapping(provenance, yaml.safe_load).get("tie_embeddings", False)
-            overrides = {"tie_embeddings": tied} | overrides
+            said = _read_mapping(provenance, yaml.safe_load)
+            overrides = {key: said[key] for key in OURS if key in said} | overrides
         return cls.from_file(folder / "model_config.yaml", **overrides)
 
     @classmethod
@@ -277,35 +307,64 @@ class Config:
             raise UserError(f"{where}: unknown config field {unknown[0]!r}; LitGPT 0.5.13's field names are expected")
         return cls(**values)
 
-    def upcycled(self, n_expert: int, n_expert_per_token: int) -> Config:
-        """The mixture of experts that a dense model of this config becomes: every expert as wide as the dense MLP.
+    def upcycled(
+        self,
+        n_expert: int,
+        n_expert_per_token: int,
+        *,
+        granularity: int = 1,
+        shared: bool = False,
+        layers: Collection[int] | None = None,
+    ) -> Config:
+        """The mixture of experts that a dense model of this config becomes.
 
-        One of Qwen2 has no Hugging Face family (`hf_family` says so): it trains and runs here and in LitGPT only.
+        One of Qwen2, or one with a shared expert, has no Hugging Face family (`hf_family` says so): it trains and runs
+        here and in LitGPT only.
+
+        Args:
+            n_expert: experts E a layer, each as wide as the dense MLP.
+            n_expert_per_token: experts K that a token goes through.
+            granularity: G splits each expert into G finer ones: E·G of them, K·G a token, the same cost.
+            shared: beside the routed experts, one that every token goes through.
+            layers: those that get experts; `None`: all.
 
         Raises:
-            UserError: this is a MoE already, or fewer experts than experts per token.
+            UserError: this is a MoE already, fewer experts than experts per token, a width that G does not divide, or
+                layers that do not exist.
         """
         if self.is_moe:
             self._fail(f"is a mixture of {self.n_expert} experts already; upcycling starts from a dense model")
         if not 1 <= n_expert_per_token <= n_expert:
             self._fail(f"n_expert_per_token {n_expert_per_token} must be between 1 and n_expert {n_expert}")
+        if granularity < 1 or self.intermediate_size % granularity:
+            self._fail(
+                f"granularity {granularity} does not divide the FFN's width {self.intermediate_size} into equal parts"
+            )
+        chosen = set(range(self.n_layer) if layers is None else layers)
+        if not chosen or not chosen <= set(range(self.n_layer)):
+            self._fail(f"layers {sorted(chosen)}: expected one or more of 0 ... {self.n_layer - 1}")
+        kind = (f"-G{granularity}" if granularity > 1 else "") + ("-shared" if shared else "")
         return replace(
             self,
             # LitGPT picks its exporter by the name, so the base model's name stays in front.
-            name=f"{self.name}-MoE-{n_expert}x{n_expert_per_token}",
+            name=f"{self.name}-MoE-{n_expert}x{n_expert_per_token}{kind}",
             hf_config={},
             mlp_class_name="LLaMAMoE",
-            moe_intermediate_size=self.intermediate_size,
-            n_expert=n_expert,
-            n_expert_per_token=n_expert_per_token,
+            moe_intermediate_size=self.intermediate_size // granularity,
+            n_expert=n_expert * granularity,
+            n_expert_per_token=n_expert_per_token * granularity,
+            n_shared_expert=1 if shared else None,
+            dense_layers=[layer for layer in range(self.n_layer) if layer not in chosen],
             norm_topk_prob=True,
         )
 
     def to_lit_dict(self) -> dict[str, Any]:
         """The 51 keys of LitGPT's `model_config.yaml`, in its order."""
-        values = asdict(self)
-        del values["tie_embeddings"]
-        return values
+        return {key: value for key, value in asdict(self).items() if key not in OURS}
+
+    def ours(self) -> dict[str, Any]:
+        """The fields that LitGPT does not know, for `provenance.yaml`."""
+        return {key: getattr(self, key) for key in OURS}
 
     def to_hf(self) -> dict[str, Any]:
         """A complete `config.json`, every default written out (readers of the file disagree about the defaults).
@@ -317,7 +376,8 @@ class Config:
         values |= {hf_key: getattr(self, key) for key, hf_key in _HF_KEYS.items()}
         if self.is_moe:
             values |= {hf_keys[0]: getattr(self, key) for key, hf_keys in _HF_MOE_KEYS[family].items()}
-        return values | _HF_WRITTEN["all"] | _HF_WRITTEN[family]
+        values |= _HF_WRITTEN["all"] | _HF_WRITTEN[family]
+        return values | ({"mlp_only_layers": self.dense_layers} if family == "qwen3_moe" else {})
 
 
 _ARCHITECTURES: dict[HFFamily, str] = {
@@ -364,7 +424,6 @@ _HF_NEUTRAL: dict[str, Any] = {
     "attention_dropout": 0.0,
     "norm_topk_prob": True,
     "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
     "router_jitter_noise": 0.0,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
@@ -436,6 +495,7 @@ def _lit_fields(hf: Mapping[str, Any], name: str | None, overrides: Mapping[str,
     if family in _HF_MOE_KEYS:
         values |= {key: read(*keys) for key, keys in _HF_MOE_KEYS[family].items() if key != "expert_size"}
         values["mlp_class_name"] = "LLaMAMoE"
+        values["dense_layers"] = hf.get("mlp_only_layers") or []
     if (known := _ENTRIES.get(name)) and known["padded_vocab_size"] == values["padded_vocab_size"]:
         values["vocab_size"] = known["vocab_size"]  # how many ids are real is not in config.json
     values |= overrides

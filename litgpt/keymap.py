@@ -6,7 +6,7 @@ on each other as rows, in the table's order. Translation in any direction is the
 bijection because every spelling is a partition of its tensors into the same blocks.
 
 Shape letters: V padded vocabulary, D model width, Q query rows (heads × head size), G key or value rows (groups × head
-size), H head size, F dense FFN width, M expert width, E experts. In a name `{i}` is the layer, `{e}` the expert, and
+size), H head size, F dense FFN width, M expert width, S width of the shared expert, E experts. In a name `{i}` is the layer, `{e}` the expert, and
 `[{e}]` the index into a stack of experts.
 """
 
@@ -35,7 +35,7 @@ class Block:
     memory: str | None = None
     hf_fused: str | None = None
     mixtral: str | None = None
-    when: Literal["always", "attn_bias", "norm_qk", "dense", "moe"] = "always"
+    when: Literal["always", "attn_bias", "norm_qk", "dense", "moe", "shared"] = "always"
 
 
 _LIT = "transformer.h.{i}."
@@ -92,6 +92,10 @@ BLOCKS: dict[str, Block] = {
         mixtral=_HF + "block_sparse_moe.experts.{e}.w2.weight",
         when="moe",
     ),
+    # No Hugging Face family has these: `Config.hf_family` refuses them.
+    "shared_gate": Block("SD", _LIT + "mlp.shared_experts.fc_1.weight", "", when="shared"),
+    "shared_up": Block("SD", _LIT + "mlp.shared_experts.fc_2.weight", "", when="shared"),
+    "shared_down": Block("DS", _LIT + "mlp.shared_experts.proj.weight", "", when="shared"),
     "norm_f": Block("D", "transformer.ln_f.weight", "model.norm.weight"),
 }
 
@@ -147,14 +151,13 @@ def layout(config: Config, naming: Naming, *, tied: bool = False) -> Layout:
 
     Returns:
         the layout, its tensors in the table's order within a layer.
+
+    Raises:
+        UserError: a Hugging Face naming, and no family has this structure.
     """
-    present = {
-        "always": True,
-        "attn_bias": bool(config.attn_bias),
-        "norm_qk": bool(config.norm_qk),
-        "dense": not config.n_expert,
-        "moe": bool(config.n_expert),
-    }
+    if naming.startswith("hf"):
+        _ = config.hf_family  # raises where there is none
+    with_experts = set(config.moe_layers)
     sizes = _sizes(config)
     heights: dict[str, int] = {}
     rows: dict[BlockId, Rows] = {}
@@ -163,6 +166,14 @@ def layout(config: Config, naming: Naming, *, tied: bool = False) -> Layout:
     stacked: set[str] = set()
     for block_id in _in_file_order(config):
         block = BLOCKS[block_id.key]
+        present = {
+            "always": True,
+            "attn_bias": config.attn_bias,
+            "norm_qk": config.norm_qk,
+            "dense": block_id.layer not in with_experts,
+            "moe": block_id.layer in with_experts,
+            "shared": block_id.layer in with_experts and config.n_shared_expert,
+        }
         if not present[block.when] or (tied and block_id.key == "head"):
             continue
         shape = tuple(sizes[letter] for letter in block.shape)
@@ -218,6 +229,7 @@ def _sizes(config: Config) -> dict[str, int]:
         "F": config.intermediate_size,
         # As in LitGPT, an expert is as wide as a dense FFN where nothing else is said (Mixtral).
         "M": config.moe_intermediate_size or config.intermediate_size,
+        "S": (config.n_shared_expert or 0) * config.expert_size,
         "E": config.n_expert,
     }
 

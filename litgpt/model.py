@@ -172,7 +172,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = RMSNorm(config.n_embd, config.norm_eps)
 
 
@@ -223,14 +223,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). Which of the layers it is decides whether it has experts."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.norm_1 = RMSNorm(config.n_embd, config.norm_eps)
         self.attn = CausalSelfAttention(config)
         self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = LLaMAMoE(config) if config.is_moe else LLaMAMLP(config)
+        self.mlp = LLaMAMoE(config) if layer in config.moe_layers else LLaMAMLP(config)
 
     def forward(
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, kv: LayerKV | None = None
@@ -298,11 +298,12 @@ def attend(q_BHTh: Tensor, k_BGSh: Tensor, v_BGSh: Tensor, mask: Tensor | None) 
 class LLaMAMLP(nn.Module):
     """SwiGLU: proj(silu(fc_1 x) · fc_2 x)."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, width: int | None = None) -> None:
         super().__init__()
-        self.fc_1 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
-        self.fc_2 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
-        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+        width = config.intermediate_size if width is None else width
+        self.fc_1 = nn.Linear(config.n_embd, width, bias=False)
+        self.fc_2 = nn.Linear(config.n_embd, width, bias=False)
+        self.proj = nn.Linear(width, config.n_embd, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.proj(F.silu(self.fc_1(x_BTD)) * self.fc_2(x_BTD))
@@ -313,6 +314,7 @@ class LLaMAMoE(nn.Module):
 
     Router, softmax and combine run in fp32 (float64 for a float64 model) whatever autocast says. The weights are those
     of a softmax over all experts, renormalised over the K kept: equal experts return exactly the dense MLP's output.
+    A shared expert, where there is one, adds its output for every token, with weight 1 as in LitGPT.
     """
 
     def __init__(self, config: Config) -> None:
@@ -320,11 +322,15 @@ class LLaMAMoE(nn.Module):
         self.n_expert_per_token = config.n_expert_per_token
         self.gate = nn.Linear(config.n_embd, config.n_expert, bias=False)
         self.experts = Experts(config)
+        if config.n_shared_expert:
+            self.shared_experts = LLaMAMLP(config, config.n_shared_expert * config.expert_size)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
         x_ND = x_BTD.reshape(-1, x_BTD.size(-1))
         routing = self.route(x_ND)
         y_ND = self.experts(x_ND, routing.expert_ids_NK, routing.weights_NK)
+        if hasattr(self, "shared_experts"):
+            y_ND = y_ND + self.shared_experts(x_ND)
         return y_ND.view_as(x_BTD), routing
 
     def route(self, x_ND: Tensor) -> Routing:

@@ -22,7 +22,7 @@ import litgpt.checkpoint
 from litgpt.checkpoint import (
     LIT_FILE,
     LitReader,
-    _config_of_hf_dir,
+    config_of_hf_dir,
     convert_hf_to_lit,
     convert_lit_to_hf,
     load_model,
@@ -282,8 +282,8 @@ def test_a_known_name_gives_litgpts_config_only_where_config_json_agrees(tmp_pat
         "model_type": "qwen3",
     }
     (tmp_path / "Qwen3-0.6B" / "config.json").write_text(json.dumps(real))
-    assert _config_of_hf_dir(tmp_path / "Qwen3-0.6B", None, {}) == Config.from_name("Qwen3-0.6B")
-    assert _config_of_hf_dir(tmp_path / "Qwen3-0.6B", "mine", {}).name == "mine"
+    assert config_of_hf_dir(tmp_path / "Qwen3-0.6B", None, {}) == Config.from_name("Qwen3-0.6B")
+    assert config_of_hf_dir(tmp_path / "Qwen3-0.6B", "mine", {}).name == "mine"
 
 
 def test_dtype_is_cast_on_request(hf_dir: Path) -> None:

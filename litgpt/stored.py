@@ -1,0 +1,175 @@
+"""A model on disk, read block by block, whichever way it is spelled: a lit directory or a Hugging Face one.
+
+Upcycling and its proof ask for blocks (`litgpt.keymap`), so both work from and to either directory without a stop in
+between. `Streamed` casts what it reads and runs the model with one transformer block of it in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from litgpt.checkpoint import (
+    CONFIG_FILE,
+    HF_CONFIG_FILE,
+    LIT_FILE,
+    check_tensors,
+    check_tied,
+    config_of_hf_dir,
+    hf_layout,
+    require_lit_dir,
+)
+from litgpt.config import Config
+from litgpt.keymap import DERIVED_HF_BUFFERS, HF_EMBED, HF_HEAD, LIT_EMBED, LIT_HEAD, BlockId, flat_rows, layout
+from litgpt.model import Block, RMSNorm
+from litgpt.safetensorfile import HFReader
+from litgpt.tensorfile import LitReader
+
+EMBED, HEAD, NORM = BlockId("embed"), BlockId("head"), BlockId("norm_f")
+
+
+class Place(NamedTuple):
+    """Where a block lies: equal places hold equal numbers."""
+
+    tensor: str
+    start: int
+    stop: int
+
+
+class Stored:
+    """A model in a lit or a Hugging Face directory; only its config and its files' headers are read here.
+
+    Args:
+        directory: with `lit_model.pth` and `model_config.yaml`, or with `config.json` and safetensors. One that holds
+            both (a converted download) is read as a lit directory.
+
+    Raises:
+        UserError: neither, incomplete, or the tensors are not those of the config.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        hugging_face = (self.directory / HF_CONFIG_FILE).is_file() and not (self.directory / LIT_FILE).is_file()
+        self.reader: LitReader | HFReader
+        self.files: tuple[Path, ...]
+        """What holds the weights."""
+        if hugging_face:
+            self.config = config_of_hf_dir(self.directory, None, {})
+            tied = self.config.tie_embeddings
+            self.reader = HFReader(self.directory)
+            self.layout = hf_layout(self.config, self.reader.specs)
+            buffers = {pattern.format(i=i) for pattern in DERIVED_HF_BUFFERS for i in range(self.config.n_layer)}
+            ignored = buffers | ({HF_HEAD} if tied else set())
+            check_tensors(self.directory, self.reader.specs, self.layout, because=HF_CONFIG_FILE, ignored=ignored)
+            self.head_stored = not tied or HF_HEAD in self.reader.specs
+            """False for a tied model whose file has the embedding alone."""
+            if tied and self.head_stored:
+                check_tied(self.reader, HF_HEAD, HF_EMBED)
+            self.files = self.reader.files
+            self._aliases: dict[str, str] = {}
+        else:
+            self.config = Config.from_checkpoint(require_lit_dir(self.directory))
+            self.reader = LitReader(self.directory)
+            self.layout = layout(self.config, "lit")
+            check_tensors(self.reader.path, self.reader.specs, self.layout, because=CONFIG_FILE)
+            self.head_stored = True
+            if self.config.tie_embeddings:
+                check_tied(self.reader, LIT_HEAD, LIT_EMBED)
+            self.files = (self.reader.path,)
+            self._aliases = self.reader.aliases
+
+    def place(self, block: BlockId) -> Place:
+        """Where a block lies.
+
+        Raises:
+            KeyError: the model has no such block.
+        """
+        if block == HEAD and self.config.tie_embeddings:
+            block = EMBED
+        name, start, stop = self.layout.rows[block]
+        return Place(self._aliases.get(name, name), start, stop)
+
+    def spelling(self, block: BlockId) -> str:
+        """The name on disk of the tensor that a block is (a part of)."""
+        return self.layout.rows[block].tensor if block in self.layout.rows else self.place(block).tensor
+
+    def dtype(self, block: BlockId) -> torch.dtype:
+        """How it is stored."""
+        return self.reader.specs[self.place(block).tensor].dtype
+
+    def read(self, block: BlockId, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows `start:stop` of a block (all of them by default), as stored, in memory of their own.
+
+        Raises:
+            KeyError: no such block.
+            UserError: the file has become shorter since it was opened.
+        """
+        place = self.place(block)
+        end = place.stop if stop is None else place.start + stop
+        return self.reader.read_rows(place.tensor, place.start + start, end)
+
+
+class Streamed:
+    """A stored model that runs in some arithmetic with one transformer block in memory.
+
+    Args:
+        stored: the model.
+        dtype: of the arithmetic; the stored weights are cast to it.
+    """
+
+    def __init__(self, stored: Stored, dtype: torch.dtype) -> None:
+        self.stored, self.config, self.dtype = stored, stored.config, dtype
+        self._in_memory = layout(self.config, "memory")
+        self._blocks: dict[bool, Block] = {}
+
+    def block(self, layer: int, see: Callable[[Tensor, list[BlockId]], None] | None = None) -> Block:
+        """The transformer block of one layer, filled; the next call may fill the same memory with another.
+
+        Args:
+            layer: its number.
+            see: is shown each stored piece once, as stored, with all the blocks that it is (equal experts of a lit
+                directory are one piece).
+        """
+        block = self._empty(layer)
+        pieces: dict[Place, list[BlockId]] = {}
+        for piece in self.stored.layout.rows:
+            if piece.layer == layer:
+                pieces.setdefault(self.stored.place(piece), []).append(piece)
+        for same in pieces.values():
+            values = self.stored.read(same[0])
+            for piece in same:
+                place = self._in_memory.rows[piece]
+                parameter = block.get_parameter(place.tensor.removeprefix(f"transformer.h.{layer}."))
+                flat_rows(parameter.data, place.start, place.stop).copy_(values)
+            if see is not None:
+                see(values, same)
+        return block
+
+    def _empty(self, layer: int) -> Block:
+        kind = layer in self.config.moe_layers
+        if kind not in self._blocks:
+            # Off the meta device, so that no time goes into random numbers.
+            with torch.device("meta"):
+                block = Block(self.config, layer).to(self.dtype)
+            self._blocks[kind] = block.to_empty(device="cpu").requires_grad_(False)
+        return self._blocks[kind]
+
+    def drop_blocks(self) -> None:
+        """Give the blocks' memory back."""
+        self._blocks.clear()
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """The rows of the embedding, [B, T, D]."""
+        rows = {row: self.stored.read(EMBED, row, row + 1)[0] for row in set(ids_BT.flatten().tolist())}
+        return torch.stack([rows[row] for row in ids_BT.flatten().tolist()]).view(*ids_BT.shape, -1).to(self.dtype)
+
+    def last_norm(self, x_BTD: Tensor) -> Tensor:
+        """What the head reads, [N, D]."""
+        norm = RMSNorm(self.config.n_embd, self.config.norm_eps).to(self.dtype).requires_grad_(False)
+        norm.weight.copy_(self.stored.read(NORM))
+        return norm(x_BTD).flatten(0, 1)
