@@ -178,7 +178,7 @@ class Config:
             self._fail(f"n_expert_per_token {self.n_expert_per_token} must be between 1 and n_expert {self.n_expert}")
         if self.is_moe and not set(self.dense_layers) < set(range(self.n_layer)):
             self._fail(
-                f"dense_layers {self.dense_layers} must be layers of 0 ... {self.n_layer - 1} and leave one for the experts"
+                f"dense_layers {self.dense_layers} must be layers of 0 ... {self.n_layer - 1}, but not all of them"
             )
         for key in () if self.is_moe else _MOE_ONLY:
             if getattr(self, key):

@@ -6,8 +6,8 @@ on each other as rows, in the table's order. Translation in any direction is the
 bijection because every spelling is a partition of its tensors into the same blocks.
 
 Shape letters: V padded vocabulary, D model width, Q query rows (heads × head size), G key or value rows (groups × head
-size), H head size, F dense FFN width, M expert width, S width of the shared expert, E experts. In a name `{i}` is the layer, `{e}` the expert, and
-`[{e}]` the index into a stack of experts.
+size), H head size, F dense FFN width, M expert width, S width of the shared expert, E experts. In a name `{i}` is the
+layer, `{e}` the expert, and `[{e}]` the index into a stack of experts.
 """
 
 from __future__ import annotations

@@ -369,7 +369,7 @@ def test_from_hf_name_and_vocabulary(tmp_path: Path) -> None:
         (QWEN3_MOE | {"norm_topk_prob": False}, "norm_topk_prob is False"),
         (without(QWEN3_MOE, "norm_topk_prob"), "norm_topk_prob is False"),
         (QWEN3_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
-        (QWEN3_MOE | {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
+        (QWEN3_MOE | {"mlp_only_layers": [99]}, r"dense_layers \[99\]"),
         (MISTRAL, "sliding_window 4096 is in use"),
         (without(MISTRAL, "sliding_window"), "sliding_window 4096 is in use"),
         (QWEN2 | {"use_sliding_window": True, "sliding_window": 1024}, "sliding_window 1024 is in use"),
