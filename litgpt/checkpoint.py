@@ -34,11 +34,10 @@ from litgpt.keymap import (
     assemble,
     flat_rows,
     layout,
-    row_count,
 )
 from litgpt.model import GPT
 from litgpt.safetensorfile import HF_INDEX, HFReader, HFWriter
-from litgpt.tensorfile import LIT_FILE, LitReader, LitWriter, Spec, full_disk_is_users_error
+from litgpt.tensorfile import LIT_FILE, LitReader, LitWriter, Spec, full_disk_is_users_error, row_count
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError, atomic_dir, atomic_file, progress, sha256_file
 
@@ -368,13 +367,13 @@ def convert_lit_to_hf(
             tokenizer = Tokenizer(directory)
             tokenizer.chat_template = chat_template("thought")
             tokenizer.save(temporary)
-            _stop_at_end_of_turn(temporary / GENERATION_FILE, tokenizer)
+            stop_at_end_of_turn(temporary / GENERATION_FILE, tokenizer)
         write_hf_config(temporary, config, directory, dtypes={dtype for _, dtype in specs.values()})
         exported = {"exported_from": config.name, "tool": tool_version(), "source": read_provenance(directory)}
         write_provenance(temporary, exported)
 
 
-def _stop_at_end_of_turn(path: Path, tokenizer: Tokenizer) -> None:
+def stop_at_end_of_turn(path: Path, tokenizer: Tokenizer) -> None:
     """Let other engines stop where a chat's answer ends; a base model's own settings know the end of a text only."""
     end = tokenizer.token_to_id(IM_END)
     if end is not None and end not in tokenizer.stop_ids:

@@ -12,7 +12,6 @@ layer, `{e}` the expert, and `[{e}]` the index into a stack of experts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -212,11 +211,6 @@ def assemble(target: Layout, name: str, source: Layout, read_rows: Callable[[str
 def flat_rows(tensor: Tensor, start: int, stop: int) -> Tensor:
     """Rows `start:stop` of a tensor with its leading dimensions flattened; a view where the strides allow."""
     return (tensor.flatten(0, -2) if tensor.dim() > 2 else tensor)[start:stop]
-
-
-def row_count(shape: tuple[int, ...]) -> int:
-    """How many rows a tensor of this shape has when its leading dimensions are flattened."""
-    return math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
 
 
 def _sizes(config: Config) -> dict[str, int]:

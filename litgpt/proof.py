@@ -1,33 +1,35 @@
-"""The proof that a mixture of experts computes what the dense model computes that it was made from.
+"""The proof that a made model is what its recipe makes of the dense one, and how far its function is from it.
 
-`prove` runs two lit directories side by side, one block of each in memory, through the modules that `GPT` is made of.
-It compares the stored bits (copies must be copies), then logits and predictions on a little Hindi and English. Neither
-check includes the other: a flipped low bit of one weight drowns in rounding, and equal bits say nothing about routing.
+`prove` runs two models side by side, one block of each in memory, through the modules that `GPT` is made of. It makes
+every block again by the recipe and compares the stored bits, then hidden states, logits and predictions on a little
+Hindi and English. Neither check includes the other: a flipped low bit of one weight drowns in rounding, and equal bits
+say nothing about routing.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from litgpt.checkpoint import CONFIG_FILE, require_lit_dir
+from litgpt.checkpoint import read_provenance
 from litgpt.config import Config
-from litgpt.keymap import LIT_EMBED, LIT_HEAD, BlockId, Layout, flat_rows, layout
-from litgpt.model import Block, RMSNorm, document_mask, positions_in_document, rope_cos_sin
-from litgpt.tensorfile import LitReader
+from litgpt.keymap import BlockId
+from litgpt.model import Routing, document_mask, positions_in_document, rope_cos_sin
+from litgpt.recipes import COPY, Recipe, origin, recipe_of_provenance
+from litgpt.routing import RouterStats
+from litgpt.stored import EMBED, HEAD, NORM, Stored, Streamed
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError, progress
 
-__all__ = ["SAMPLE_TEXTS", "Proof", "Sample", "check_tensors", "prove", "prove_on", "twin"]
+__all__ = ["SAMPLE_TEXTS", "LayerProof", "Proof", "Sample", "prove", "prove_on"]
 
 SAMPLE_TEXTS = (
     "धान की नर्सरी में बीज बोने से पहले खेत को समतल करें और पानी निकलने का रास्ता बना लें।",
@@ -44,27 +46,43 @@ EXACT_DIFF_FLOAT64 = 1e-10
 ROWS_AT_A_TIME = 4096
 """Of the vocabulary: as many logits of each model, in float64, are in memory for each token."""
 
-# A MoE's expert pieces and the dense pieces that they are copies of; the other pieces keep their name.
-_DENSE_KEY = {"expert_gate": "gate", "expert_up": "up", "expert_down": "down"}
+_SAME = (
+    *("n_layer", "n_embd", "n_head", "n_query_groups", "head_size", "padded_vocab_size"),
+    *("norm_qk", "attn_bias", "norm_eps", "rope_base"),
+)
+"""Fields of a config in which a made model and its dense one agree, whatever the recipe."""
+
+
+class LayerProof(NamedTuple):
+    """One block of both models, over the sample."""
+
+    layer: int
+    error: float
+    """‖x_made − x_dense‖ / ‖x_dense‖ of the residual stream after the block; what came before is in it."""
+    load_E: tuple[float, ...]
+    """Each expert's share of the choices; empty for a dense block."""
+    entropy: float | None
+    """Of the router's probabilities, mean over tokens, divided by log E: 1 is indifference."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """How far a mixture of experts is from its dense model, over some text and the dense model's real vocabulary."""
+    """How far a made model is from its dense one, over some text and the dense model's real vocabulary."""
 
     dtype: str
-    """Arithmetic of both models, `float32` or `float64`; the weights are the stored ones, cast."""
+    """Arithmetic of both models, `float32`, `float64` or `bfloat16`; the weights are the stored ones, cast."""
     n_tokens: int
     max_abs_diff: float
     """Largest difference of two logits."""
     kl: float
-    """KL(dense ‖ MoE), mean over the tokens, nats."""
+    """KL(dense ‖ made), mean over the tokens, nats."""
     kl_max: float
     """Its largest value at one token."""
     top1_agreement: float
     """Share of the tokens for which both predict the same next token."""
     changed: tuple[str, ...] = ()
-    """Disk names of the tensors whose bits are not the dense model's (routers and new vocabulary rows do not count)."""
+    """Disk names of the tensors whose bits are not what the recipe makes (routers and new rows do not count)."""
+    layers: tuple[LayerProof, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -85,63 +103,15 @@ class Proof:
             text += f"; {len(self.changed)} tensors differ, e.g. {self.changed[0]}"
         return text
 
+    def figures(self) -> dict[str, Any]:
+        """Plain values, for YAML; without the layers."""
+        names = ("dtype", "n_tokens", "max_abs_diff", "kl", "kl_max", "top1_agreement")
+        return {name: getattr(self, name) for name in names} | {"changed": list(self.changed)}
 
-def prove(
-    dense_dir: str | os.PathLike[str],
-    moe_dir: str | os.PathLike[str],
-    *,
-    dtype: torch.dtype = torch.float32,
-    texts: Sequence[str] = SAMPLE_TEXTS,
-) -> Proof:
-    """Compare a mixture of experts with the dense model it was made from: stored bits, logits, predictions.
-
-    Both run block by block through the modules that `GPT` is made of, one block of each in memory, so it needs memory
-    for one layer and not for a model.
-
-    Args:
-        dense_dir: lit directory of the dense model.
-        moe_dir: lit directory of the MoE, fresh or trained.
-        dtype: float32 or float64; the stored weights are cast to it.
-        texts: each is a document of its own; its first `MAX_TOKENS_PER_TEXT` tokens are read.
-
-    Raises:
-        UserError: a directory is incomplete, the two are not of one shape, or the dense model's output is not finite.
-        ValueError: there is no text.
-    """
-    dense_dir, moe_dir = require_lit_dir(dense_dir), require_lit_dir(moe_dir)
-    known = Tokenizer(dense_dir)
-    sample = Sample.of(known, texts, Config.from_checkpoint(dense_dir).block_size)
-    added = set(Tokenizer(moe_dir).thought_ids or ()) - set(known.thought_ids or ())
-    del known  # Qwen3's takes 100 MB
-    return prove_on(sample, dense_dir, moe_dir, dtype=dtype, added=added)
-
-
-@torch.inference_mode()
-def prove_on(
-    sample: Sample, dense_dir: Path, moe_dir: Path, *, dtype: torch.dtype, added: Collection[int] = ()
-) -> Proof:
-    """`prove`, for who has read the tokenizers already.
-
-    Args:
-        sample: tokens of the dense model's tokenizer.
-        dense_dir, moe_dir, dtype: as in `prove`.
-        added: vocabulary rows that only the MoE's tokenizer knows; they may differ.
-    """
-    dense, moe = _Streamed(dense_dir, dtype), _Streamed(moe_dir, dtype)
-    expected = dense.config.upcycled(moe.config.n_expert, moe.config.n_expert_per_token)
-    for key in ("name", "hf_config", "vocab_size"):
-        setattr(expected, key, getattr(moe.config, key))
-    if moe.config != expected:
-        raise UserError(f"{moe_dir} ({moe.config.name}) is not a MoE made from {dense_dir} ({dense.config.name})")
-    h_dense_ND, h_moe_ND, changed = _run(dense, moe, sample)
-    if not h_dense_ND.isfinite().all():
-        raise UserError(
-            f"{dense.reader.path} gives numbers that are not finite, its weights are broken; convert it again"
-        )
-    changed += _compare_rows(dense, moe, added)
-    vocabulary = min(sample.vocabulary, dense.config.padded_vocab_size)
-    figures = _compare_logits(dense, h_dense_ND, moe, h_moe_ND, vocabulary)
-    return Proof(dense.dtype_name, len(h_dense_ND), *figures, changed=tuple(dict.fromkeys(changed)))
+    def plain(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        layers = [layer._asdict() | {"load_E": list(layer.load_E)} for layer in self.layers]
+        return self.figures() | {"layers": layers}
 
 
 class Sample(NamedTuple):
@@ -155,6 +125,11 @@ class Sample(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, texts: Sequence[str], block_size: int) -> Sample:
+        """The first tokens of each text.
+
+        Raises:
+            ValueError: there is no text.
+        """
         documents = [tokenizer.encode(text)[: min(MAX_TOKENS_PER_TEXT, block_size)] for text in texts]
         ids = [index for document in documents for index in document]
         if not ids:
@@ -162,82 +137,186 @@ class Sample(NamedTuple):
         numbers = [number for number, document in enumerate(documents) for _ in document]
         return cls(torch.tensor([ids]), torch.tensor([numbers]), tokenizer.vocab_size)
 
-
-class _Streamed:
-    """A model on disk that is read piece by piece, and cast."""
-
-    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
-        self.config = Config.from_checkpoint(directory)
-        self.reader = LitReader(directory)
-        self.dtype, self.dtype_name = dtype, str(dtype).removeprefix("torch.")
-        self.on_disk, self._in_memory = layout(self.config, "lit"), layout(self.config, "memory")
-        check_tensors(self.reader, self.on_disk)
-
-    def block(self) -> Block:
-        """A block without values, for `load`; made off the meta device, so that no time goes into random numbers."""
-        with torch.device("meta"):
-            block = Block(self.config).to(self.dtype)
-        return block.to_empty(device="cpu")
-
-    def load(self, block: Block, layer: int) -> Iterator[tuple[Tensor, list[BlockId]]]:
-        """Fill a block with the weights of one layer; give each stored tensor once, with the pieces that it is.
-
-        Equal experts may be one tensor on disk.
-        """
-        pieces_of: dict[tuple[str, int, int], list[BlockId]] = {}
-        for piece, (name, start, stop) in self.on_disk.rows.items():
-            if piece.layer == layer:
-                pieces_of.setdefault((self.reader.aliases.get(name, name), start, stop), []).append(piece)
-        for source, pieces in pieces_of.items():
-            stored = self.reader.read_rows(*source)
-            for piece in pieces:
-                place = self._in_memory.rows[piece]
-                parameter = block.get_parameter(place.tensor.removeprefix(f"transformer.h.{layer}."))
-                flat_rows(parameter, place.start, place.stop).copy_(stored)
-            yield stored, pieces
-
-    def embed(self, ids_BT: Tensor) -> Tensor:
-        """The rows of the embedding, [B, T, D]."""
-        rows = {row: self.reader.read_rows(LIT_EMBED, row, row + 1)[0] for row in set(ids_BT.flatten().tolist())}
-        return torch.stack([rows[row] for row in ids_BT.flatten().tolist()]).view(*ids_BT.shape, -1).to(self.dtype)
-
-    def last_norm(self, x_BTD: Tensor, weight_D: Tensor) -> Tensor:
-        """What the head reads, [N, D]."""
-        norm = RMSNorm(self.config.n_embd, self.config.norm_eps).to(self.dtype)
-        norm.weight.copy_(weight_D)
-        return norm(x_BTD).flatten(0, 1)
+    def first(self) -> Sample:
+        """Its first text alone, for slow arithmetic."""
+        kept = self.documents_BT[0] == self.documents_BT[0, 0]
+        return Sample(self.ids_BT[:, kept], self.documents_BT[:, kept], self.vocabulary)
 
 
-def _run(dense: _Streamed, moe: _Streamed, sample: Sample) -> tuple[Tensor, Tensor, list[str]]:
-    """What the heads of both models read, [N, D], and the MoE's tensors whose bits are not the dense model's.
+def prove(
+    dense_dir: str | os.PathLike[str],
+    made_dir: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    texts: Sequence[str] = SAMPLE_TEXTS,
+) -> Proof:
+    """Compare a made model with the dense one it was made from: stored bits, hidden states, logits, predictions.
 
-    One block of each model is refilled layer by layer; both are gone before the vocabulary needs their memory.
+    Both run block by block through the modules that `GPT` is made of, one block of each in memory, so it needs memory
+    for one layer and not for a model.
+
+    Args:
+        dense_dir: lit or Hugging Face directory of the dense model.
+        made_dir: of the MoE, fresh or trained. Its provenance.yaml names the recipe; without one its experts are
+            expected to be copies.
+        dtype: float32, float64 or bfloat16; the stored weights are cast to it.
+        texts: each is a document of its own; its first `MAX_TOKENS_PER_TEXT` tokens are read.
+
+    Raises:
+        UserError: a directory is incomplete, the two are not of one shape, or the dense model's output is not finite.
+        ValueError: there is no text.
     """
-    mask = document_mask(sample.documents_BT)
-    cos, sin = rope_cos_sin(positions_in_document(sample.documents_BT), dense.config, dense.dtype)
-    dense_block, moe_block = dense.block(), moe.block()
-    x_dense_BTD, x_moe_BTD = dense.embed(sample.ids_BT), moe.embed(sample.ids_BT)
-    changed: list[str] = []
-    for layer in progress(range(dense.config.n_layer), f"proving in {dense.dtype_name}", unit="layer"):
-        originals = {piece: stored for stored, pieces in dense.load(dense_block, layer) for piece in pieces}
-        for stored, pieces in moe.load(moe_block, layer):
-            twins = {twin(piece) for piece in pieces} & originals.keys()
-            differing = {original for original in twins if not _same_bits(originals[original], stored)}
-            changed += [moe.on_disk.rows[piece].tensor for piece in pieces if twin(piece) in differing]
-        x_dense_BTD, _ = dense_block(x_dense_BTD, cos, sin, mask)
-        x_moe_BTD, _ = moe_block(x_moe_BTD, cos, sin, mask)
+    dense, made = Stored(dense_dir), Stored(made_dir)
+    known = Tokenizer(dense.directory)
+    sample = Sample.of(known, texts, dense.config.block_size)
+    added = set(Tokenizer(made.directory).thought_ids or ()) - set(known.thought_ids or ())
+    del known  # Qwen3's takes 100 MB
+    recipe, seed = recipe_behind(made)
+    return prove_on(sample, dense, made, dtype=dtype, added=added, recipe=recipe, seed=seed)
 
-    norm = dense.on_disk.rows[BlockId("norm_f")].tensor
-    weight_dense_D, weight_moe_D = dense.reader.read(norm), moe.reader.read(norm)
-    if not _same_bits(weight_dense_D, weight_moe_D):
-        changed.append(norm)
-    return dense.last_norm(x_dense_BTD, weight_dense_D), moe.last_norm(x_moe_BTD, weight_moe_D), changed
+
+def recipe_behind(made: Stored) -> tuple[Recipe, int]:
+    """The recipe and the seed that a directory's provenance names; copies, where it names none.
+
+    The provenance of an export or of a training holds that of what it was made of.
+    """
+    provenance: Any = read_provenance(made.directory)
+    while isinstance(provenance, dict):
+        upcycled = provenance.get("upcycled")
+        if isinstance(upcycled, dict):
+            return recipe_of_provenance(upcycled) or COPY, int(upcycled.get("seed", 0))
+        provenance = provenance.get("source")
+    return COPY, 0
+
+
+@torch.inference_mode()
+def prove_on(
+    sample: Sample,
+    dense: Stored,
+    made: Stored,
+    *,
+    dtype: torch.dtype,
+    added: Collection[int] = (),
+    recipe: Recipe = COPY,
+    seed: int = 0,
+    compare_bits: bool = True,
+) -> Proof:
+    """`prove`, for who has opened both already.
+
+    Args:
+        sample: tokens of the dense model's tokenizer.
+        dense, made: the models.
+        dtype: as in `prove`.
+        added: vocabulary rows that only the made model's tokenizer knows; they may differ.
+        recipe, seed: how it was made.
+        compare_bits: False where another proof of the same files has done so.
+    """
+    _require_same_shape(dense, made, recipe)
+    a, b = Streamed(dense, dtype), Streamed(made, dtype)
+    run = _Run(recipe, seed, compare_bits)
+    h_dense_ND, h_made_ND = run(a, b, sample)
+    if not h_dense_ND.isfinite().all():
+        raise UserError(f"{dense.files[0]} gives numbers that are not finite, its weights are broken; convert it again")
+    if compare_bits:
+        run.changed += _compare_rows(dense, made, added)
+    vocabulary = min(sample.vocabulary, dense.config.padded_vocab_size)
+    figures = _compare_logits(a, h_dense_ND, b, h_made_ND, vocabulary)
+    name = str(dtype).removeprefix("torch.")
+    return Proof(name, len(h_dense_ND), *figures, changed=tuple(dict.fromkeys(run.changed)), layers=tuple(run.layers))
+
+
+def _require_same_shape(dense: Stored, made: Stored, recipe: Recipe) -> None:
+    """Raise `UserError` unless the made model can have come from the dense one by this recipe."""
+    ours, theirs = dense.config, made.config
+    differing = [key for key in _SAME if getattr(ours, key) != getattr(theirs, key)]
+    if not differing and theirs.is_moe:
+        differing = _unlike(ours, theirs, recipe)
+    if not differing and not theirs.is_moe and recipe.name != "wide":
+        differing = ["mlp_class_name"]
+    if differing or ours.is_moe:
+        why = "the first is no dense model" if ours.is_moe else f"they differ in {', '.join(differing)}"
+        raise UserError(
+            f"{made.directory} ({theirs.name}) is not a MoE made from {dense.directory} ({ours.name}): {why}"
+        )
+
+
+def _unlike(dense: Config, moe: Config, recipe: Recipe) -> list[str]:
+    """Fields that the recipe would have set otherwise."""
+    parts = recipe.granularity
+    if moe.n_expert % parts or moe.n_expert_per_token % parts:
+        return ["n_expert"]
+    expected = recipe.config(dense, moe.n_expert // parts, moe.n_expert_per_token // parts, moe.moe_layers)
+    keys = ("intermediate_size", "expert_size", "n_shared_expert")
+    return [key for key in keys if getattr(expected, key) != getattr(moe, key) and (moe.dense_layers or key != keys[0])]
+
+
+class _Run:
+    """Both models through their blocks; `changed` and `layers` are what was seen on the way."""
+
+    def __init__(self, recipe: Recipe, seed: int, compare_bits: bool) -> None:
+        self.recipe, self.seed, self.compare_bits = recipe, seed, compare_bits
+        self.changed: list[str] = []
+        self.layers: list[LayerProof] = []
+
+    def __call__(self, dense: Streamed, made: Streamed, sample: Sample) -> tuple[Tensor, Tensor]:
+        """What the heads of both models read, [N, D].
+
+        One block of each model is refilled layer by layer; both are gone before the vocabulary needs their memory.
+        """
+        mask = document_mask(sample.documents_BT)
+        cos, sin = rope_cos_sin(positions_in_document(sample.documents_BT), dense.config, dense.dtype)
+        x_dense_BTD, x_made_BTD = dense.embed(sample.ids_BT), made.embed(sample.ids_BT)
+        what = f"proving in {str(dense.dtype).removeprefix('torch.')}"
+        for layer in progress(range(dense.config.n_layer), what, unit="layer"):
+            originals: dict[BlockId, Tensor] = {}
+
+            def keep(values: Tensor, pieces: list[BlockId], into: dict[BlockId, Tensor] = originals) -> None:
+                into.update(dict.fromkeys(pieces, values))
+
+            def compare(values: Tensor, pieces: list[BlockId], to: dict[BlockId, Tensor] = originals) -> None:
+                self._compare(made.stored, values, pieces, to)
+
+            block = dense.block(layer, keep if self.compare_bits else None)
+            x_dense_BTD, _ = block(x_dense_BTD, cos, sin, mask)
+            block = made.block(layer, compare if self.compare_bits else None)
+            x_made_BTD, routed = block(x_made_BTD, cos, sin, mask)
+            self.layers.append(_layer_proof(layer, x_dense_BTD, x_made_BTD, routed))
+        dense.drop_blocks()
+        made.drop_blocks()
+        if self.compare_bits and not _same_bits(dense.stored.read(NORM), made.stored.read(NORM)):
+            self.changed.append(made.stored.spelling(NORM))
+        return dense.last_norm(x_dense_BTD), made.last_norm(x_made_BTD)
+
+    def _compare(self, made: Stored, values: Tensor, pieces: list[BlockId], originals: dict[BlockId, Tensor]) -> None:
+        """Note the pieces whose bits are not what the recipe makes; equal ones of one tensor are made once."""
+        verdicts: dict[Any, bool] = {}
+        for piece in pieces:
+            source = originals.get(origin(piece))
+            if source is None:  # the router
+                continue
+            key = (origin(piece), self.recipe.kind(piece))
+            if key not in verdicts:
+                verdicts[key] = _same_bits(self.recipe.make(piece, source, self.seed), values)
+            if not verdicts[key]:
+                self.changed.append(made.spelling(piece))
+
+
+def _layer_proof(layer: int, x_dense_BTD: Tensor, x_made_BTD: Tensor, routed: Routing | None) -> LayerProof:
+    error = float((x_made_BTD.double() - x_dense_BTD.double()).norm() / x_dense_BTD.double().norm())
+    if routed is None:
+        return LayerProof(layer, error, (), None)
+    stats = RouterStats()
+    stats.update({layer: routed})
+    result = stats.results()[0]
+    return LayerProof(layer, error, result.share_E, result.entropy)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal byte for byte; -0.0 is not 0.0 here, and a NaN equals itself."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
+    if a is b:
+        return True
     a_bytes, b_bytes = (x.reshape(-1).view(torch.uint8).numpy() for x in (a, b))
     # In words of 8 bytes, which is several times as fast as in bytes.
     whole = len(a_bytes) // 8 * 8
@@ -245,21 +324,21 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return same_words and np.array_equal(a_bytes[whole:], b_bytes[whole:])
 
 
-def _compare_rows(dense: _Streamed, moe: _Streamed, added: Collection[int]) -> list[str]:
+def _compare_rows(dense: Stored, made: Stored, added: Collection[int]) -> list[str]:
     """Embedding and head, if they differ in any row that is not in `added`."""
-    names = [LIT_EMBED, LIT_HEAD]
-    if all(model.reader.shares_storage(LIT_EMBED, LIT_HEAD) for model in (dense, moe)):
-        names.remove(LIT_HEAD)
+    blocks = [EMBED, HEAD]
+    if all(model.place(EMBED) == model.place(HEAD) for model in (dense, made)):
+        blocks.remove(HEAD)
     rows = dense.config.padded_vocab_size
     differing = []
-    for name in names:
+    for block in blocks:
         for start in range(0, rows, ROWS_AT_A_TIME):
-            span = (name, start, min(start + ROWS_AT_A_TIME, rows))
-            a, b = dense.reader.read_rows(*span), moe.reader.read_rows(*span)
+            span = (start, min(start + ROWS_AT_A_TIME, rows))
+            a, b = dense.read(block, *span), made.read(block, *span)
             if _same_bits(a, b):
                 continue
             if not all(start + row in added or _same_bits(a[row], b[row]) for row in range(len(a))):
-                differing.append(name)
+                differing.append(made.spelling(block))
                 break
     return differing
 
@@ -272,7 +351,7 @@ class _Figures(NamedTuple):
 
 
 def _compare_logits(
-    dense: _Streamed, h_dense_ND: Tensor, moe: _Streamed, h_moe_ND: Tensor, vocabulary: int
+    dense: Streamed, h_dense_ND: Tensor, made: Streamed, h_made_ND: Tensor, vocabulary: int
 ) -> _Figures:
     """The figures of a proof over the first `vocabulary` ids, a slice of them at a time.
 
@@ -283,9 +362,9 @@ def _compare_logits(
     mean_difference_N, max_abs_diff = torch.zeros(N, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
     best_a, best_b = [], []
     for start in range(0, vocabulary, ROWS_AT_A_TIME):
-        span = (LIT_HEAD, start, min(start + ROWS_AT_A_TIME, vocabulary))
-        a_NV = F.linear(h_dense_ND, dense.reader.read_rows(*span).to(dense.dtype)).double()
-        b_NV = F.linear(h_moe_ND, moe.reader.read_rows(*span).to(moe.dtype)).double()
+        span = (HEAD, start, min(start + ROWS_AT_A_TIME, vocabulary))
+        a_NV = F.linear(h_dense_ND, dense.stored.read(*span).to(dense.dtype)).double()
+        b_NV = F.linear(h_made_ND, made.stored.read(*span).to(made.dtype)).double()
         seen_lse_a_N, lse_a_N = lse_a_N, torch.logaddexp(lse_a_N, a_NV.logsumexp(dim=1))
         lse_b_N = torch.logaddexp(lse_b_N, b_NV.logsumexp(dim=1))
         difference_NV = a_NV - b_NV
@@ -305,19 +384,3 @@ def _argmax(best_of_slices: list[torch.return_types.max]) -> Tensor:
     values_SN = torch.stack([best.values for best in best_of_slices])
     ids_SN = torch.stack([best.indices + i * ROWS_AT_A_TIME for i, best in enumerate(best_of_slices)])
     return ids_SN.gather(0, values_SN.argmax(dim=0, keepdim=True))[0]
-
-
-def check_tensors(reader: LitReader, expected: Layout) -> None:
-    """Raise `UserError` unless the file holds exactly the tensors that its config describes."""
-    found = {name: spec.shape for name, spec in reader.specs.items()}
-    for name in sorted(found.keys() | expected.shapes.keys()):
-        if found.get(name) != expected.shapes.get(name):
-            raise UserError(
-                f"{reader.path}: {name} has shape {found.get(name, 'none')}, {CONFIG_FILE} says "
-                f"{expected.shapes.get(name, 'none')}; check that both are of one model"
-            )
-
-
-def twin(piece: BlockId) -> BlockId:
-    """The dense model's piece that a piece of the MoE is a copy of; a router's does not exist."""
-    return BlockId(_DENSE_KEY.get(piece.key, piece.key), piece.layer)

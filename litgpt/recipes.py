@@ -272,6 +272,8 @@ class Wide(Recipe):
         return torch.cat(list(base + noise - noise.mean(dim=0)), dim=1).to(dense.dtype)
 
 
+COPY = Recipe()
+
 _RECIPES: dict[str, type[Recipe]] = {kind.name: kind for kind in (Recipe, Noise, Drop, Granular, Shared, Wide)}
 
 
@@ -287,7 +289,7 @@ def recipe_of(name: str, **numbers: float | int | None) -> Recipe:
     known = {field.name for field in dataclasses.fields(_RECIPES[name])}
     if alien := sorted(set(given) - known):
         raise UserError(f"recipe {name}: it has no {alien[0]}")
-    return _RECIPES[name](**given)  # type: ignore[arg-type]
+    return _RECIPES[name](**given)
 
 
 def recipe_of_provenance(upcycled: Mapping[str, Any]) -> Recipe | None:

@@ -20,8 +20,10 @@ from litgpt.tensorfile import (
     check_announced,
     check_complete,
     check_free_disk,
+    check_rows,
     full_disk_is_users_error,
     read_bytes,
+    row_count,
 )
 from litgpt.utils import UserError
 
@@ -170,7 +172,7 @@ class HFWriter:
     def __enter__(self) -> HFWriter:
         check_free_disk(self.directory, sum(spec.nbytes for spec in self.specs.values()))
         self._places: dict[str, tuple[FileSink, int]] = {}
-        self._missing = set(self.specs)
+        self._missing = {name: row_count(spec.shape) for name, spec in self.specs.items()}
         with contextlib.ExitStack() as undo, full_disk_is_users_error(self.directory):
             for file_name, names in zip(self.file_names, self._shards, strict=True):
                 sink = FileSink(self.directory / file_name, os.O_CREAT | os.O_TRUNC)
@@ -189,10 +191,23 @@ class HFWriter:
             ValueError: other shape or dtype, or written before.
         """
         check_announced(name, tensor, self.specs[name], self._missing)
+        self.write_rows(name, 0, tensor.reshape(-1, *tensor.shape[-1:]) if tensor.ndim > 1 else tensor.reshape(-1))
+
+    def write_rows(self, name: str, start: int, rows: Tensor) -> None:
+        """Write rows of a tensor with its leading dimensions flattened, from row `start` on; any order, each row once.
+
+        Raises:
+            KeyError: `name` is not in `specs`.
+            ValueError: another width or dtype, more rows than there are, or all were written before.
+        """
+        check_rows(name, start, rows, self.specs[name], self._missing)
         sink, offset = self._places[name]
+        row_bytes = math.prod(rows.shape[1:]) * rows.dtype.itemsize
         with full_disk_is_users_error(self.directory):
-            sink.write_tensor(offset, tensor)
-        self._missing.remove(name)
+            sink.write_tensor(offset + start * row_bytes, rows)
+        self._missing[name] -= len(rows)
+        if not self._missing[name]:
+            del self._missing[name]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

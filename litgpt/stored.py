@@ -18,10 +18,12 @@ from litgpt.checkpoint import (
     CONFIG_FILE,
     HF_CONFIG_FILE,
     LIT_FILE,
+    STORED_HEAD,
     check_tensors,
     check_tied,
     config_of_hf_dir,
     hf_layout,
+    read_provenance,
     require_lit_dir,
 )
 from litgpt.config import Config
@@ -54,7 +56,8 @@ class Stored:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
-        hugging_face = (self.directory / HF_CONFIG_FILE).is_file() and not (self.directory / LIT_FILE).is_file()
+        unconverted = (self.directory / HF_CONFIG_FILE).is_file() and not (self.directory / LIT_FILE).is_file()
+        hugging_face = unconverted and any(self.directory.glob("*.safetensors*"))
         self.reader: LitReader | HFReader
         self.files: tuple[Path, ...]
         """What holds the weights."""
@@ -66,9 +69,9 @@ class Stored:
             buffers = {pattern.format(i=i) for pattern in DERIVED_HF_BUFFERS for i in range(self.config.n_layer)}
             ignored = buffers | ({HF_HEAD} if tied else set())
             check_tensors(self.directory, self.reader.specs, self.layout, because=HF_CONFIG_FILE, ignored=ignored)
-            self.head_stored = not tied or HF_HEAD in self.reader.specs
-            """False for a tied model whose file has the embedding alone."""
-            if tied and self.head_stored:
+            self.head_stored_twice = tied and HF_HEAD in self.reader.specs
+            """A tied Hugging Face file that holds the head beside the embedding that it equals, as Qwen3-0.6B's."""
+            if self.head_stored_twice:
                 check_tied(self.reader, HF_HEAD, HF_EMBED)
             self.files = self.reader.files
             self._aliases: dict[str, str] = {}
@@ -77,7 +80,7 @@ class Stored:
             self.reader = LitReader(self.directory)
             self.layout = layout(self.config, "lit")
             check_tensors(self.reader.path, self.reader.specs, self.layout, because=CONFIG_FILE)
-            self.head_stored = True
+            self.head_stored_twice = bool(read_provenance(self.directory).get(STORED_HEAD))
             if self.config.tie_embeddings:
                 check_tied(self.reader, LIT_HEAD, LIT_EMBED)
             self.files = (self.reader.path,)

@@ -17,7 +17,7 @@ import math
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -44,6 +44,11 @@ class Spec(NamedTuple):
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def row_count(shape: tuple[int, ...]) -> int:
+    """How many rows a tensor of this shape has when its leading dimensions are flattened."""
+    return math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape)
 
 
 class _Hole(NamedTuple):
@@ -291,7 +296,7 @@ class LitWriter:
             self._offsets = {name: holes[name].offset for name in self.specs}
             self._sink = FileSink(temporary)
             undo.callback(self._sink.close)
-            self._missing = set(self.specs)
+            self._missing = {name: row_count(spec.shape) for name, spec in self.specs.items()}
             self._undo = undo.pop_all()
         return self
 
@@ -303,9 +308,23 @@ class LitWriter:
             ValueError: other shape or dtype, or written before.
         """
         check_announced(name, tensor, self.specs[name], self._missing)
+        self.write_rows(name, 0, tensor.reshape(-1, *tensor.shape[-1:]) if tensor.ndim > 1 else tensor.reshape(-1))
+
+    def write_rows(self, name: str, start: int, rows: Tensor) -> None:
+        """Write rows of a tensor with its leading dimensions flattened, from row `start` on; any order, each row once.
+
+        Raises:
+            KeyError: `name` is not in `specs`.
+            ValueError: another width or dtype, more rows than there are, or all were written before.
+        """
+        check_rows(name, start, rows, self.specs[name], self._missing)
+        sink, offset = self._sink, self._offsets[name]
+        row_bytes = math.prod(rows.shape[1:]) * rows.dtype.itemsize
         with full_disk_is_users_error(self.path):
-            self._sink.write_tensor(self._offsets[name], tensor)
-        self._missing.remove(name)
+            sink.write_tensor(offset + start * row_bytes, rows)
+        self._missing[name] -= len(rows)
+        if not self._missing[name]:
+            del self._missing[name]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -324,14 +343,25 @@ def _untouched(spec: Spec) -> Tensor:
     )
 
 
-def check_announced(name: str, tensor: Tensor, spec: Spec, missing: set[str]) -> None:
+def check_announced(name: str, tensor: Tensor, spec: Spec, missing: Collection[str]) -> None:
     if (tuple(tensor.shape), tensor.dtype) != spec:
         raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} is not the announced {spec.shape} {spec.dtype}")
     if name not in missing:
         raise ValueError(f"{name} was written before")
 
 
-def check_complete(path: Path, missing: set[str]) -> None:
+def check_rows(name: str, start: int, rows: Tensor, spec: Spec, missing: Mapping[str, int]) -> None:
+    """Raise `ValueError` unless these rows fit the tensor and some of it is still to be written."""
+    width = spec.shape[-1:] if len(spec.shape) > 1 else ()
+    if tuple(rows.shape[1:]) != width or rows.dtype != spec.dtype or start + len(rows) > row_count(spec.shape):
+        raise ValueError(
+            f"{name}: rows {start} ... of {tuple(rows.shape)} {rows.dtype} do not fit {spec.shape} {spec.dtype}"
+        )
+    if missing.get(name, 0) < len(rows) or name not in missing:
+        raise ValueError(f"{name} was written before")
+
+
+def check_complete(path: Path, missing: Collection[str]) -> None:
     if missing:
         names = sorted(missing)
         raise ValueError(f"{path}: {len(names)} tensors were not written: {', '.join(names[:5])}")

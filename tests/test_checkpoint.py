@@ -30,9 +30,9 @@ from litgpt.checkpoint import (
     write_provenance,
 )
 from litgpt.config import Config
-from litgpt.keymap import Naming, assemble, flat_rows, layout, row_count
+from litgpt.keymap import Naming, assemble, flat_rows, layout
 from litgpt.model import GPT
-from litgpt.tensorfile import FileSink
+from litgpt.tensorfile import FileSink, row_count
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError
 from tests.tiny_models import FAMILIES, MOE_FAMILIES, random_model, same_bits

@@ -17,6 +17,7 @@ import yaml
 from litgpt.checkpoint import require_lit_dir
 from litgpt.config import Config
 from litgpt.proof import prove
+from litgpt.routers import RouterStart
 from litgpt.upcycle import default_out_dir, upcycle
 from litgpt.utils import UserError, run_cli
 from scripts.upcycle_moe import upcycle_moe
@@ -52,10 +53,14 @@ def defaults_of(function: object) -> dict[str, object]:
 
 def test_yaml_and_functions_have_one_set_of_defaults() -> None:
     settings = yaml.safe_load((ROOT / "configs" / "upsample.yaml").read_text(encoding="utf-8"))
-    assert settings | {"checkpoint_dir": Path(settings["checkpoint_dir"])} == defaults_of(upcycle_moe)
-    del settings["checkpoint_dir"]
-    assert settings.items() <= defaults_of(upcycle).items()
     defaults = defaults_of(upcycle_moe)
+    router = settings.pop("router")
+    assert RouterStart(**router) == RouterStart()
+    del defaults["router"]  # a settings class has its own defaults
+    assert settings | {"checkpoint_dir": Path(settings["checkpoint_dir"])} == defaults
+    of_function = defaults_of(upcycle)
+    shared = settings.keys() & of_function.keys() - {"recipe"}
+    assert len(shared) == 9 and all(settings[name] == of_function[name] for name in shared)
     made = default_out_dir(Path("checkpoints/Qwen/Qwen3-0.6B"), settings["n_expert"], settings["n_expert_per_token"])
     assert made == Path("checkpoints/Qwen/Qwen3-0.6B-MoE-8x2") and defaults["out_dir"] is None
 
@@ -85,11 +90,16 @@ def test_command_prints_the_proof(dense_dir: Path, tmp_path: Path) -> None:
         (["--n_expert", "2", "--n_expert_per_token", "3"], "n_expert_per_token 3 must be between 1 and n_expert 2"),
         (["--n_expert", "1"], "n_expert is 1"),
         (["--n_expert", "many"], "n_expert"),
-        (["--router_std", "-0.1"], "router_std"),
+        (["--router.std", "-0.1"], "std"),
         (["--thought_tokens", "some"], "thought_tokens"),
         (["--proof_dtype", "bfloat16"], "proof_dtype"),
         (["--checkpoint_dir", "checkpoints/Qwen/Nowhere"], "convert_hf_checkpoint.py"),
-        (["--recipe", "copy"], "recipe"),
+        (["--recipe", "magic"], "recipe"),
+        (["--drop_ratio", "0.2"], "recipe copy: it has no ratio"),
+        (["--recipe", "granular", "--granularity", "3"], "granularity 3 does not divide"),
+        (["--layers", "0,7"], "layers"),
+        (["--recipe", "shared", "--format", "hf"], "shared expert"),
+        (["--trainable", "[experts,brain]"], "brain"),
     ],
 )
 def test_mistakes_exit_with_2_and_one_line(
@@ -117,13 +127,13 @@ KILL_AT_TENSOR = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from litgpt.tensorfile import LitWriter
-write, written = LitWriter.write, []
-def write_or_die(self, name, tensor):
+write, written = LitWriter.write_rows, []
+def write_or_die(self, name, start, rows):
     if len(written) == {count}:
         os.kill(os.getpid(), signal.SIGKILL)
     written.append(name)
-    write(self, name, tensor)
-LitWriter.write = write_or_die
+    write(self, name, start, rows)
+LitWriter.write_rows = write_or_die
 """
 KILL_IN_PROOF = """
 import os, signal, sys

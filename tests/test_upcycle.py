@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from litgpt.checkpoint import LitReader, convert_lit_to_hf, load_model, load_sta
 from litgpt.config import Config
 from litgpt.model import GPT, LLaMAMoE, Routing
 from litgpt.proof import SAMPLE_TEXTS, Proof, prove
+from litgpt.routers import RouterStart
 from litgpt.tensorfile import LitWriter
 from litgpt.tokenizer import Tokenizer
 from litgpt.upcycle import default_out_dir, upcycle
@@ -73,7 +74,7 @@ def stored(directory: Path) -> dict[str, Tensor]:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    return {path.name: sha256_file(path) for path in sorted(directory.iterdir())}
+    return {path.name: sha256_file(path) for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -129,7 +130,7 @@ class TestWeights:
 
     def test_router_statistics(self, tmp_path: Path) -> None:
         dense_dir = build_dense(tmp_path / "dense", n_embd=256, n_layer=3)
-        upcycle(dense_dir, tmp_path / "moe", n_expert=16, router_std=0.05)
+        upcycle(dense_dir, tmp_path / "moe", n_expert=16, router=RouterStart(std=0.05))
         routers = [stored(tmp_path / "moe")[f"transformer.h.{i}.mlp.gate.weight"] for i in range(3)]
         for router in routers:
             assert router.shape == (16, 256) and router.dtype == torch.bfloat16
@@ -221,18 +222,26 @@ class TestThoughtTokens:
 class TestFiles:
     def test_provenance(self, dense_dir: Path, tmp_path: Path) -> None:
         made = upcycle(
-            dense_dir, tmp_path / "moe", n_expert=3, n_expert_per_token=1, router_std=0.01, seed=7, proof_dtype="both"
+            dense_dir,
+            tmp_path / "moe",
+            n_expert=3,
+            n_expert_per_token=1,
+            router=RouterStart(std=0.01),
+            seed=7,
+            proof_dtype="both",
         )
         provenance = read_provenance(tmp_path / "moe")
         assert provenance["tie_embeddings"] is True and "torch" in provenance["tool"]
         upcycled = provenance["upcycled"]
-        expected = {"recipe": "copy", "n_expert": 3, "n_expert_per_token": 1, "router_std": 0.01, "seed": 7}
+        expected = {"recipe": "copy", "n_expert": 3, "n_expert_per_token": 1, "seed": 7}
         assert expected.items() <= upcycled.items()
+        assert upcycled["router"]["start"] == "normal" and upcycled["router"]["std"] == 0.01
+        assert upcycled["trainable"] == ["experts", "router", "thought_tokens"] and upcycled["layers"] == [0, 1]
         assert upcycled["source"] == "Qwen3-tiny" and upcycled["source_provenance"]["from"] == "test"
         assert upcycled["source_sha256"] == {"lit_model.pth": sha256_file(dense_dir / "lit_model.pth")}
         assert upcycled["thought_ids"] == list(made.thought_ids or ())
         assert [proof["dtype"] for proof in upcycled["proof"]] == ["float32", "float64"]
-        assert upcycled["proof"] == [asdict(proof) | {"changed": []} for proof in made.proofs]
+        assert upcycled["proof"] == [proof.figures() for proof in made.proofs]
 
     def test_config_files(self, pair: Pair) -> None:
         config = Config.from_checkpoint(pair.moe)
@@ -393,8 +402,8 @@ class TestProof:
     ) -> None:
         monkeypatch.setattr(litgpt.proof, "EXACT_KL", -1.0)
         made = upcycle(dense_dir, tmp_path / "moe")
-        assert [proof.dtype for proof in made.proofs] == ["float32", "float64"]
-        assert [proof.exact for proof in made.proofs] == [False, True]
+        assert [proof.dtype for proof in made.proofs] == ["float32", "float64", "bfloat16"]
+        assert [proof.exact for proof in made.proofs] == [False, True, False]
 
     def test_a_failing_proof_keeps_nothing_new(
         self, dense_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -402,15 +411,15 @@ class TestProof:
         upcycle(dense_dir, tmp_path / "moe", n_expert=2)
         before = digests(tmp_path / "moe")
         listing = sorted(os.listdir(tmp_path))
-        write = LitWriter.write
+        write = LitWriter.write_rows
 
-        def write_with_a_fault(self: LitWriter, name: str, tensor: Tensor) -> None:
+        def write_with_a_fault(self: LitWriter, name: str, start: int, rows: Tensor) -> None:
             if name == "transformer.h.1.mlp.experts.0.fc_2.weight":
-                tensor = tensor.clone()
-                flip_bit(tensor, 3, 0)
-            write(self, name, tensor)
+                rows = rows.clone()
+                flip_bit(rows, 3, 0)
+            write(self, name, start, rows)
 
-        monkeypatch.setattr(LitWriter, "write", write_with_a_fault)
+        monkeypatch.setattr(LitWriter, "write_rows", write_with_a_fault)
         with pytest.raises(
             UserError,
             match=r"proof fails.*nothing was kept.*2 tensors differ, e\.g\. transformer\.h\.1\.mlp\.experts\.0\.fc_2",
@@ -464,8 +473,6 @@ class TestRefusals:
             ({"n_expert": 2, "n_expert_per_token": 3}, "n_expert_per_token 3 must be between 1 and n_expert 2"),
             ({"n_expert": 4, "n_expert_per_token": 0}, "n_expert_per_token 0"),
             ({"n_expert": 1, "n_expert_per_token": 1}, "n_expert is 1, expected at least 2"),
-            ({"router_std": 0.0}, "router_std is 0.0"),
-            ({"router_std": float("nan")}, "router_std is nan"),
         ],
     )
     def test_sizes(self, dense_dir: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
