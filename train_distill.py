@@ -1,7 +1,7 @@
 """Teach the upcycled mixture of experts: `python train_distill.py --config configs/distill.yaml`.
 
 Reads a student (upcycled lit dir), a teacher, the dense base and dialogues; writes a run directory whose `final/` is a
-lit dir again. Only routers, experts and the two thought tokens' rows learn. A killed run goes on from its last
+lit dir again. What learns is named in the student's provenance.yaml: routers, experts and the two thought tokens' rows, by default. A killed run goes on from its last
 checkpoint, on a CPU bit for bit. At SIGTERM or its time limit it saves and ends with exit code 143. Several processes:
 `--run.devices 8`, or `torchrun --nproc_per_node 8 train_distill.py ...`, or `fabric run`.
 
@@ -59,6 +59,7 @@ from litgpt.samples import answer
 from litgpt.teacher import BaseTeacher, OnlineTeacher, TeacherView
 from litgpt.teachercache import open_teacher
 from litgpt.tokenizer import Tokenizer
+from litgpt.trainable import parts_of
 from litgpt.utils import USER_ERROR_EXIT_CODE, UserError, atomic_file, run_cli
 
 VALIDATED = ("answer_ce", "thought_ce", "kd_kl")
@@ -142,6 +143,8 @@ class Trainer:
         require_lit_dir(settings.base)
         self.tokenizer = Tokenizer(settings.student)
         self.config = Config.from_checkpoint(settings.student)
+        self.parts = parts_of(settings.optim.trainable, self.config, read_provenance(settings.student))
+        settings.optim = replace(settings.optim, trainable=list(self.parts))
         self.teacher: BaseTeacher | None = None
         self.own_teachers: dict[Path, BaseTeacher] = {}
         if settings.loss.kd_weight > 0:
@@ -244,7 +247,7 @@ class Trainer:
         student = load_model(settings.student, dtype=torch.float32, device=device)
         student.activation_checkpointing = run.activation_checkpointing
         thought_ids = self.tokenizer.thought_ids
-        self.distiller = Distiller(student, thought_ids, settings.loss).train()
+        self.distiller = Distiller(student, thought_ids, settings.loss, self.parts).train()
         # In fp32 under the student's autocast: at step 0 the two are then equal to the last bit.
         base = load_model(settings.base, dtype=torch.float32, device=device)
         self.reference = Reference(base, student, thought_ids, self.distiller.layers)
@@ -629,7 +632,8 @@ class Trainer:
                 self.settings.student,
                 self.distiller.student_state(state),
                 self.config,
-                learnt_rows=self.tokenizer.thought_ids or (),
+                learnt_rows=(self.tokenizer.thought_ids or ()) if self.distiller.rows else (),
+                parts=self.parts,
                 report=report,
                 provenance=self._provenance(),
             )

@@ -11,7 +11,7 @@ the moments that CKA is a function of (`StepCka`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,7 @@ from litgpt.model import GPT, Output
 from litgpt.recipe import LossSettings
 from litgpt.routing import RouterStats, balance_loss, expert_counts
 from litgpt.teacher import BaseTeacher, TeacherBatch, TeacherView
+from litgpt.trainable import Part, default_parts, learns
 from litgpt.utils import UserError
 
 
@@ -36,19 +37,10 @@ def cka_layers(n_layer: int, every: int) -> list[int]:
     return sorted({*range(every - 1, n_layer, every), n_layer - 1})
 
 
-def freeze_but_experts(student: GPT) -> None:
-    """Leave a gradient to routers and experts alone. The thought tokens' rows learn apart, see `ThoughtRows`.
-
-    Raises:
-        UserError: the model is dense.
-    """
-    if not student.config.is_moe:
-        raise UserError(
-            f"the student {student.config.name!r} is dense: make a mixture of experts of it first, "
-            "with python scripts/upcycle_moe.py"
-        )
+def freeze_but(student: GPT, parts: Collection[Part]) -> None:
+    """Leave a gradient to these parts alone. The thought tokens' rows learn apart, see `ThoughtRows`."""
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(".mlp.gate." in name or ".mlp.experts." in name)
+        parameter.requires_grad_(learns(name, parts))
 
 
 class ThoughtRows(nn.Module):
@@ -304,16 +296,25 @@ class Distiller(nn.Module):
     """The student and its loss as one module, so that DDP sees every parameter take part in one forward.
 
     Args:
-        student: the upcycled model; everything but routers and experts is frozen here.
+        student: the upcycled model; everything but `parts` is frozen here.
         thought_ids: ids of the thought tokens, `None` if the student has none.
         settings: the weights.
+        parts: what learns; `None`: `litgpt.trainable.default_parts`.
     """
 
-    def __init__(self, student: GPT, thought_ids: Sequence[int] | None, settings: LossSettings) -> None:
+    def __init__(
+        self,
+        student: GPT,
+        thought_ids: Sequence[int] | None,
+        settings: LossSettings,
+        parts: Collection[Part] | None = None,
+    ) -> None:
         super().__init__()
-        freeze_but_experts(student)
+        self.parts = default_parts(student.config) if parts is None else tuple(parts)
+        freeze_but(student, self.parts)
         self.student = student
-        self.rows = None if thought_ids is None else ThoughtRows(student, thought_ids)
+        with_rows = thought_ids is not None and "thought_tokens" in self.parts
+        self.rows = ThoughtRows(student, thought_ids or ()) if with_rows else None
         self.settings = settings
         self.layers = cka_layers(student.config.n_layer, settings.cka_every)
 
@@ -345,7 +346,9 @@ class Distiller(nn.Module):
             cka = of_micro(output.hidden_states, micro.reference, micro.cka_BT).to(ce.dtype)
         own_LE = expert_counts(output.routing, micro.real_N)
         load_LE = own_LE if micro.load_LE is None else micro.load_LE
-        balance = balance_loss(output.routing, micro.real_N, load_LE=load_LE, tokens=totals.tokens)
+        balance = ce.new_zeros(())
+        if output.routing:
+            balance = balance_loss(output.routing, micro.real_N, load_LE=load_LE, tokens=totals.tokens)
         loss = terms.loss + cka_weight * cka + weights.router_weight * balance
         if micro.counts.tokens == 0:
             # A rank whose rows are all padding still has to answer for every parameter, or DDP waits for ever.
@@ -496,7 +499,8 @@ def evaluate(
         counts[2] += int(micro.counts.kd)
         for layer, streaming in cka.items():
             streaming.update(output.hidden_states[layer][micro.cka_BT], reference_states[layer][micro.cka_BT])
-        router.update(output.routing, micro.real_N)
+        if output.routing:
+            router.update(output.routing, micro.real_N)
     student.train()
     means = [float(s / n) if n else None for s, n in zip(sums, counts, strict=True)]
     layers = {str(layer.layer): layer for layer in router.results()}

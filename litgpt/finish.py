@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from litgpt import rundir
 from litgpt.checkpoint import load_state, read_provenance, save_lit_dir
-from litgpt.config import Config
+from litgpt.config import OURS, Config
 from litgpt.distill import Distiller
 from litgpt.tensorfile import LitReader
+from litgpt.trainable import Part, learns
 from litgpt.utils import atomic_file
 
 
@@ -47,6 +48,7 @@ def write_final(
     config: Config,
     *,
     learnt_rows: Sequence[int],
+    parts: Collection[Part],
     report: dict[str, Any],
     provenance: dict[str, Any],
 ) -> None:
@@ -58,6 +60,7 @@ def write_final(
         state: the trained student by memory names, on the CPU.
         config: the student's.
         learnt_rows: rows of embedding and head that were trained.
+        parts: what else was.
         report: goes to `report/metrics.json`, with the result of the comparison.
         provenance: of the training.
 
@@ -67,14 +70,14 @@ def write_final(
     source = load_state(student_dir)
     # In the student's own dtype: frozen weights were widened to fp32 and come back unchanged.
     state = {name: state[name].to(tensor.dtype) for name, tensor in source.items()}
-    frozen = compare_frozen(state, source, learnt_rows)
+    frozen = compare_frozen(state, source, learnt_rows, parts)
     with atomic_file(out_dir / "report" / "metrics.json") as temporary:
         text = json.dumps(report | {"frozen": frozen}, ensure_ascii=False, indent=2)
         temporary.write_text(text + "\n", encoding="utf-8")
     if frozen["changed"]:
         raise RuntimeError(f"frozen tensors changed in training: {', '.join(frozen['changed'])}")
     earlier = read_provenance(student_dir)
-    for name in ("tool", "tie_embeddings"):  # the writer's own
+    for name in ("tool", *OURS):  # the writer's own
         earlier.pop(name, None)
     save_lit_dir(
         out_dir / rundir.FINAL, state, config, source_dir=student_dir, provenance=earlier | {"distilled": provenance}
@@ -82,21 +85,25 @@ def write_final(
 
 
 def compare_frozen(
-    state: Mapping[str, Tensor], source: Mapping[str, Tensor], learnt_rows: Sequence[int]
+    state: Mapping[str, Tensor],
+    source: Mapping[str, Tensor],
+    learnt_rows: Sequence[int],
+    parts: Collection[Part] = ("experts", "router"),
 ) -> dict[str, Any]:
-    """Compare what must not have moved, bit by bit: everything but routers, experts and the learnt embedding rows.
+    """Compare what must not have moved, bit by bit: everything but what learnt.
 
     Args:
         state: the trained student by memory names, in the dtypes of `source`.
         source: the student before training.
         learnt_rows: rows of embedding and head that were trained.
+        parts: what else was.
 
     Returns:
         `compared` (tensors), `identical` (how many of them) and `changed` (the names of the others).
     """
     changed, compared = [], 0
     for name, before in source.items():
-        if ".mlp.gate." in name or ".mlp.experts." in name:
+        if learns(name, parts):
             continue
         after = state[name]
         if name in ("transformer.wte.weight", "lm_head.weight"):

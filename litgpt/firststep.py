@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from litgpt.chat import Span
-from litgpt.checkpoint import load_model
+from litgpt.checkpoint import load_model, read_provenance
 from litgpt.data import Loader, PackedLoader, Record
 from litgpt.distill import Distiller, MicroBatch, Reference, Totals
 from litgpt.recipe import Settings
 from litgpt.teacher import BaseTeacher
 from litgpt.tokenizer import Tokenizer
+from litgpt.trainable import parts_of
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def first_step(settings: Settings, loader: Loader, tokenizer: Tokenizer, teacher
     micro = MicroBatch(next(iter(chosen)), settings.loss, [teacher.read(chosen)] if teacher else [], device)
     student = load_model(settings.student, dtype=torch.float32, device=device)
     student.activation_checkpointing = settings.run.activation_checkpointing
-    distiller = Distiller(student, tokenizer.thought_ids, settings.loss).train()
+    parts = parts_of(settings.optim.trainable, student.config, read_provenance(settings.student))
+    distiller = Distiller(student, tokenizer.thought_ids, settings.loss, parts).train()
     base = load_model(settings.base, dtype=torch.float32, device=device)
     reference = Reference(base, student, tokenizer.thought_ids, distiller.layers)
     if teacher is not None:

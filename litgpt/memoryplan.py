@@ -1,7 +1,7 @@
 """Does a run fit, before it starts: bytes on one device item by item, the largest micro-batch, bytes on the disk.
 
 Parameters are counted on the module that trains (`Distiller`), built on the meta device, so no weight is read and what
-learns is what `freeze_but_experts` says. Activations come from `activations.py`. `tests/test_memoryplan.py` compares
+learns is what `litgpt.trainable` says. Activations come from `activations.py`. `tests/test_memoryplan.py` compares
 both with real steps on the CPU. Not everything lives at one time: a plan has moments, and what counts is the fullest:
 
     teacher, base            they read the micro-batch, without gradients
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +32,7 @@ from litgpt.model import GPT
 from litgpt.recipe import LossSettings, Settings
 from litgpt.teacher import BaseTeacher
 from litgpt.teachercache import CachedTeacher
+from litgpt.trainable import PARTS, Part
 
 Moment = Literal["teacher", "base", "cka", "loss", "first block", "last block", "update"]
 MOMENTS: tuple[Moment, ...] = ("teacher", "base", "cka", "loss", "first block", "last block", "update")
@@ -93,27 +94,35 @@ class ParameterSizes:
         return self.trained + self.frozen
 
 
-def parameter_sizes(config: Config) -> ParameterSizes:
+def parameter_sizes(config: Config, parts: Collection[Part] | None = None) -> ParameterSizes:
     """Count a student's parameters on the meta device, no weight is read.
 
-    Raises:
-        UserError: the model is dense.
+    Args:
+        config: the student's.
+        parts: what learns; `None`: `litgpt.trainable.default_parts`.
     """
     with torch.device("meta"):
         model = GPT(config)
         # Any two ids: only the shape of their rows counts.
-        parameters = list(Distiller(model, (0, 1), LossSettings()).parameters())
+        parameters = list(Distiller(model, (0, 1), LossSettings(), parts).parameters())
     trained = [p.numel() for p in parameters if p.requires_grad]
-    block = list(model.transformer.h[0].parameters())
+    blocks = [list(block.parameters()) for block in model.transformer.h]
+    block = max(blocks, key=lambda own: sum(p.numel() for p in own))  # where some are dense, one with experts
     in_block = sum(p.numel() for p in block)
     return ParameterSizes(
         trained=sum(trained),
         frozen=sum(p.numel() for p in parameters if not p.requires_grad),
         trained_in_block=sum(p.numel() for p in block if p.requires_grad),
         block=in_block,
-        outside=sum(p.numel() for p in model.parameters()) - config.n_layer * in_block,
+        outside=sum(p.numel() for p in model.parameters()) - sum(p.numel() for own in blocks for p in own),
         largest=max(trained, default=0),
     )
+
+
+def _parts(settings: Settings) -> tuple[Part, ...] | None:
+    """What learns, as far as the settings say. (Activations are planned for the default parts: others keep more.)"""
+    named = settings.optim.trainable
+    return None if named is None else tuple(part for part in PARTS if part in named)
 
 
 class Item(NamedTuple):
@@ -304,7 +313,7 @@ class _Needs:
         self.amp = run.precision == "bf16-mixed" or (run.precision == "auto" and self.on_gpu)
         self.compute = BF16 if self.amp else FP32
         self.teacher_width = BF16 if self.on_gpu else FP32
-        self.sizes = parameter_sizes(student)
+        self.sizes = parameter_sizes(student, _parts(settings))
         self.base_parameters = 0 if base is None else dense_parameters(base)
         self.teacher_parameters = 0 if self.teacher is None else dense_parameters(self.teacher)
 
@@ -506,7 +515,7 @@ def plan_disk(student: Config, settings: Settings, *, steps: int, stored_bytes: 
         steps: optimizer steps in all.
         stored_bytes: of one parameter in the student's own file; 2 is bf16.
     """
-    sizes = parameter_sizes(student)
+    sizes = parameter_sizes(student, _parts(settings))
     state = 2 * sizes.trained * (1 if settings.optim.optimizer == "adamw8bit" else FP32)
     written = (steps - 1) // settings.run.save_every
     parameters = dense_parameters(student)

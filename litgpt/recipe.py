@@ -195,6 +195,9 @@ class OptimSettings:
     """Weight decay of routers and experts; the thought tokens' rows have none."""
     clip: float = 1.0
     """Largest norm of the whole gradient."""
+    trainable: list[str] | None = None
+    """Parts that learn, of experts, router, shared_expert, mlp (of layers without experts), attention, norms and
+    thought_tokens; by default those that the student's provenance.yaml names."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit keeps AdamW's two averages in 8 bits, blockwise: a quarter of their memory (the extra optim8bit)."""
 

@@ -128,12 +128,19 @@ def _what(run: RunFiles, config: Config) -> str:
         own = list(dict.fromkeys(teacher for _, teacher in _own_teachers(run)))
         text += f" and, for single sources of its data, from {' and '.join(map(code, own))}" if own else ""
     frozen = (run.metrics or {}).get("frozen") or {}
-    rows = " and the rows of the two thought tokens" if _upcycled(run).get("thought_ids") else ""
-    text += f". Routers, experts{rows} were trained"
+    text += f". Trained were: {_trained(run)}"
     if frozen.get("compared"):
         same = "all of them unchanged" if frozen.get("identical") == frozen["compared"] else "not all unchanged"
         text += f"; the other {frozen['compared']} tensors were compared bit by bit afterwards, {same}"
     return text + f".\n\nWritten by: {code(run.provenance.get('tool', UNKNOWN))}."
+
+
+def _trained(run: RunFiles) -> str:
+    """The parts that learnt, in words."""
+    with_rows = bool(_upcycled(run).get("thought_ids"))
+    parts = run.setting("optim.trainable") or ["experts", "router", "thought_tokens"]
+    words = {"router": "routers", "thought_tokens": "the rows of the two thought tokens"}
+    return ", ".join(words.get(part, part.replace("_", " ")) for part in parts if part != "thought_tokens" or with_rows)
 
 
 def _proof(run: RunFiles) -> str:

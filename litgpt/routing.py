@@ -29,6 +29,8 @@ def expert_counts(routing: Mapping[int, Routing], keep_N: Tensor) -> Tensor:
         fp64 [L, E] (whole numbers; sums over micro-batches and ranks stay exact). A token counts K times, once for
         each of its experts.
     """
+    if not routing:  # of a dense model
+        return torch.zeros(0, 0, dtype=torch.float64, device=keep_N.device)
     ids_LNK = torch.stack([routed.expert_ids_NK for routed in routing.values()])
     kept_LNK = keep_N.double()[:, None].expand_as(ids_LNK)
     n_expert = next(iter(routing.values())).logits_NE.size(-1)

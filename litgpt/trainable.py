@@ -46,10 +46,15 @@ def parts_of(names: Sequence[str] | None, config: Config, provenance: Mapping[st
         provenance: the student's, which may hold what was chosen when it was made.
 
     Raises:
-        UserError: an unknown part, none at all, or one that the model does not have.
+        UserError: an unknown part, one that the model does not have, or a dense model and nothing named.
     """
     upcycled = provenance.get("upcycled")
     stored = upcycled.get("trainable") if isinstance(upcycled, Mapping) else None
+    if not config.is_moe and not (names or stored):
+        raise UserError(
+            f"the student {config.name!r} is dense: make a mixture of experts of it first, "
+            "with python scripts/upcycle_moe.py (or name what shall learn, --optim.trainable [mlp,thought_tokens])"
+        )
     chosen = list(names or stored or default_parts(config))
     if unknown := [name for name in chosen if name not in PARTS]:
         raise UserError(f"trainable: {unknown[0]!r} is not known; choose of {', '.join(PARTS)}")

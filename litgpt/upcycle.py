@@ -45,7 +45,7 @@ from litgpt.safetensorfile import HF_INDEX, HFWriter
 from litgpt.stored import EMBED, HEAD, Stored
 from litgpt.tensorfile import LIT_FILE, LitWriter, Spec, check_free_disk, full_disk_is_users_error
 from litgpt.tokenizer import Tokenizer
-from litgpt.trainable import parts_of
+from litgpt.trainable import default_parts, parts_of
 from litgpt.upcycle_report import REPORT_DIR, Report, write_upcycle_report
 from litgpt.utils import UserError, atomic_dir, progress, sha256_file
 
@@ -149,7 +149,7 @@ def upcycle(
     config = recipe.config(dense.config, n_expert, n_expert_per_token, where)
     if format == "hf":
         _ = config.hf_family  # says why there is none
-    parts = parts_of(trainable, config, {})
+    parts = parts_of(trainable or default_parts(config), config, {})
     if out_dir is None:
         out_dir = default_out_dir(checkpoint_dir, n_expert, n_expert_per_token, recipe, format)
     # A link is followed: replacing it would leave the old directory behind where it points to.

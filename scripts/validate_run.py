@@ -38,6 +38,7 @@ from litgpt.teacher import BaseTeacher, OnlineTeacher
 from litgpt.teachercache import CACHE_FILE, TEXT_DIR, CachedTeacher, Manifest
 from litgpt.tensorfile import check_free_disk
 from litgpt.tokenizer import Tokenizer
+from litgpt.trainable import parts_of
 from litgpt.utils import UserError, run_cli, sha256_file
 from train_distill import base_of
 
@@ -240,8 +241,7 @@ class Preflight:
         length = self.settings.data.max_seq_length
         if student:
             with self.fault("student"):
-                if not student.is_moe:
-                    raise UserError(f"{student.name} is dense: make a mixture of it with scripts/upcycle_moe.py")
+                parts_of(self.settings.optim.trainable, student, read_provenance(self.paths["student"]))
                 experts = f"{student.n_expert} experts, {student.n_expert_per_token} per token"
                 self.say("ok", f"student: {student.n_layer} layers, width {student.n_embd}, {experts}")
         for name, config in self.configs.items():

@@ -18,6 +18,7 @@ from litgpt.distill import Distiller, MicroBatch, Reference, StepCka, Totals, ck
 from litgpt.recipe import LossSettings
 from litgpt.teacher import OnlineTeacher, TeacherView
 from litgpt.tokenizer import Tokenizer
+from litgpt.trainable import Part, parts_of
 from litgpt.utils import UserError
 from tests.world import World, make_world
 
@@ -220,9 +221,31 @@ def test_a_base_that_is_not_the_students_is_refused(world: World) -> None:
         Reference(other, student, None, [0])
 
 
-def test_a_dense_student_is_refused(world: World) -> None:
+def test_a_dense_student_is_refused_unless_what_shall_learn_is_named(world: World) -> None:
+    config = load_model(world.base).config
     with pytest.raises(UserError, match=r"is dense: make a mixture of experts of it first"):
-        Distiller(load_model(world.base), None, LossSettings())
+        parts_of(None, config, {})
+    assert parts_of(["mlp"], config, {}) == ("mlp",)
+    with pytest.raises(UserError, match="has no experts"):
+        parts_of(["experts"], config, {})
+
+
+@pytest.mark.parametrize("parts", [("router",), ("experts", "thought_tokens"), ("attention", "norms")])
+def test_only_the_named_parts_learn(world: World, parts: tuple[Part, ...]) -> None:
+    distiller = Distiller(load_model(world.student), (5, 6), LossSettings(), parts)
+    marks = {
+        "router": (".mlp.gate.",),
+        "experts": (".mlp.experts.",),
+        "thought_tokens": ("rows.",),
+        "attention": (".attn.qkv.", ".attn.proj."),
+        "norms": ("norm",),
+    }
+    learning = {name for name, p in distiller.named_parameters() if p.requires_grad}
+    norms = {name for name in learning if "norm" in name or "ln_f" in name}
+    assert learning and bool(norms) == ("norms" in parts)
+    assert all(any(mark in name for part in parts for mark in marks[part]) for name in learning - norms)
+    for part in parts:
+        assert any(marks[part][0] in name for name in learning)
 
 
 def test_thought_rows_stand_in_for_the_embedding_and_go_back_into_it(world: World) -> None:
