@@ -1,9 +1,10 @@
 """Teach the upcycled mixture of experts: `python train_distill.py --config configs/distill.yaml`.
 
 Reads a student (upcycled lit dir), a teacher, the dense base and dialogues; writes a run directory whose `final/` is a
-lit dir again. What learns is named in the student's provenance.yaml: routers, experts and the two thought tokens' rows, by default. A killed run goes on from its last
-checkpoint, on a CPU bit for bit. At SIGTERM or its time limit it saves and ends with exit code 143. Several processes:
-`--run.devices 8`, or `torchrun --nproc_per_node 8 train_distill.py ...`, or `fabric run`.
+lit dir again. What learns is named in the student's provenance.yaml: routers, experts and the two thought tokens' rows,
+by default. A killed run goes on from its last checkpoint, on a CPU bit for bit. At SIGTERM or its time limit it saves
+and ends with exit code 143. Several processes: `--run.devices 8`, or `fabric run`, or
+`torchrun --nproc_per_node 8 train_distill.py ...`.
 
 The step's loss is in `litgpt/distill.py`, the processes in `litgpt/strategy.py`, checkpoints in `litgpt/rundir.py`, the
 end in `litgpt/finish.py`.

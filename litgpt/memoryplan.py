@@ -249,9 +249,6 @@ def plan_memory(
         device_bytes: memory of one device (see `device_memory`), `None` if not known.
         placement: what the settings do not say.
         more_teachers: those that run for single sources, one after the other.
-
-    Raises:
-        UserError: the student is dense.
     """
     needs = _Needs(student, teacher, base, settings, world_size, placement, more_teachers)
     rows = settings.data.micro_batch_size

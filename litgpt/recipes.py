@@ -120,7 +120,7 @@ class Noise(Recipe):
     def make(self, block: BlockId, dense: Tensor, seed: int) -> Tensor:
         if block.key not in _MATRIX:
             return dense
-        wide = dense.float()
+        wide = dense.to(torch.float32, copy=True)
         generator = seeded(seed, f"noise {block.key} {block.layer} {block.expert}")
         return wide.add_(_normal(wide.shape, generator), alpha=float(self.sigma * wide.std())).to(dense.dtype)
 
@@ -157,7 +157,7 @@ class Drop(Recipe):
         # One draw for the three matrices of an expert: the name holds no matrix.
         order = torch.randperm(width, generator=seeded(seed, f"drop {block.layer} {block.expert}"))
         neurons = order[: max(1, round(self.ratio * width))]
-        made = dense.float()
+        made = dense.to(torch.float32, copy=True)
         old = made.index_select(axis, neurons)
         new = _normal(old.shape, seeded(seed, f"drop {block.key} {block.layer} {block.expert}"))
         made.index_copy_(axis, neurons, new.mul_(old.std()).add_(old.mean()))
