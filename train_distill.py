@@ -63,6 +63,9 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.trainable import parts_of
 from litgpt.utils import USER_ERROR_EXIT_CODE, UserError, atomic_file, run_cli
 
+_GROUPS = {".mlp.gate.": "routers", ".mlp.experts.": "experts", "rows.": "thought_rows"}
+"""Mark in a parameter's name → the group whose gradient norm is logged."""
+
 VALIDATED = ("answer_ce", "thought_ce", "kd_kl")
 """What is logged of each validation set."""
 
@@ -408,8 +411,7 @@ class Trainer:
             "cka_weight": cka_weight,
             "lr": learning_rate,
             **norms,
-            "expert_max_over_mean": float((step_load_LE.amax(1) / step_load_LE.mean(1)).max()),
-            "expert_min_over_mean": float((step_load_LE.amin(1) / step_load_LE.mean(1)).min()),
+            **_extremes(step_load_LE),
             "tokens": totals.tokens,
             "on_policy": sum(micro.generated for micro in micros) / len(micros),
         } | ({} if finite else {"skipped": 1.0})
@@ -492,7 +494,7 @@ class Trainer:
         groups: dict[str, list[Tensor]] = {}
         for name, parameter in self.distiller.named_parameters():
             if parameter.grad is not None:
-                group = "routers" if ".mlp.gate." in name else "experts" if ".experts." in name else "thought_rows"
+                group = next((group for mark, group in _GROUPS.items() if mark in name), "others")
                 groups.setdefault(group, []).append(parameter.grad)
         norms = {f"grad_norm_{group}": float(strategy.norm(gradients)) for group, gradients in groups.items()}
         total = math.hypot(*norms.values())
@@ -568,7 +570,8 @@ class Trainer:
             self._log({f"val_{name}/{key}": further[key] for key in VALIDATED if further[key] is not None})
         means = {name: metrics[name] for name in VALIDATED if metrics[name] is not None}
         flat = means | {f"cka_{layer}": value for layer, value in metrics["cka"].items() if value is not None}
-        flat["expert_max_over_mean"] = max(metrics["expert_max_over_mean"].values())
+        if metrics["expert_max_over_mean"]:
+            flat["expert_max_over_mean"] = max(metrics["expert_max_over_mean"].values())
         self._log({f"val/{name}": value for name, value in flat.items()})
         with self.fabric.autocast():
             dialogues = [record for record in self.val_loaders["val"].records if record.messages]
@@ -662,6 +665,12 @@ class Trainer:
         settings = {key: value for key, value in self.settings.plain().items() if key not in ("resume", "overwrite")}
         with atomic_file(self.settings.out_dir / "hyperparameters.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
+
+def _extremes(load_LE: Tensor) -> dict[str, float]:
+    """The busiest and the idlest expert of all layers against their layer's mean; NaN for a dense student."""
+    relative_LE = load_LE / load_LE.mean(1, keepdim=True) if load_LE.numel() else load_LE.new_full((1, 1), math.nan)
+    return {"expert_max_over_mean": float(relative_LE.max()), "expert_min_over_mean": float(relative_LE.min())}
 
 
 if __name__ == "__main__":
