@@ -305,7 +305,14 @@ def balanced_rows(h_ND: Tensor, n_expert: int, draw: torch.Generator) -> Tensor:
         draw: random numbers of the seeding.
     """
     u_D = F.normalize(h_ND.mean(dim=0), dim=0)
-    return _spherical_kmeans(F.normalize(h_ND - (h_ND @ u_D)[:, None] * u_D, dim=1), n_expert, draw)
+    return _spherical_kmeans(_apart(h_ND, u_D), n_expert, draw)
+
+
+def _apart(x_ND: Tensor, u_D: Tensor) -> Tensor:
+    """The direction of each row without its part along the unit vector u; zero where no more than rounding is left."""
+    rest_ND = x_ND - (x_ND @ u_D)[:, None] * u_D
+    is_rounding_N = rest_ND.norm(dim=1) <= 1e-5 * x_ND.norm(dim=1)
+    return F.normalize(rest_ND, dim=1).masked_fill(is_rounding_N[:, None], 0)
 
 
 def _spherical_kmeans(x_ND: Tensor, k: int, draw: torch.Generator) -> Tensor:
@@ -373,7 +380,7 @@ def group_rows(h_ND: Tensor, group_N: Tensor, n_expert: int) -> Tensor:
     count_E = torch.bincount(group_N, minlength=n_expert)
     mean_ED = torch.zeros(n_expert, h_ND.size(1)).index_add_(0, group_N, h_ND) / count_E[:, None]
     u_D = F.normalize(mean_ED.mean(dim=0), dim=0)
-    return F.normalize(mean_ED - (mean_ED @ u_D)[:, None] * u_D, dim=1)
+    return _apart(mean_ED, u_D)
 
 
 def _check_distinct(rows_ED: Tensor, source: Path, layer: int, groups: Sequence[str]) -> None:
