@@ -35,6 +35,7 @@ from tests.test_upcycle import build_dense, tiny_config
 from tests.tiny_models import build_hf_dir, stored_tensors
 
 TINY_BASE = Path(__file__).parent.parent / "data" / "tiny" / "base"
+CONFIGS = TINY_BASE.parent.parent.parent / "configs"
 TEXTS = [
     "धान की नर्सरी में पानी निकलने का रास्ता बना लें।",
     "Wait two days before you spray.",
@@ -50,7 +51,7 @@ def lines(path: Path, records: Sequence[dict[str, Any]]) -> Path:
 
 
 def prompts(path: Path, groups: Any) -> Path:
-    path.write_text(yaml.safe_dump(groups, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml.safe_dump(groups, allow_unicode=True, sort_keys=False), encoding="utf-8")
     return path
 
 
@@ -213,17 +214,22 @@ def test_prompts_send_texts_of_their_kind_to_their_expert(tmp_path: Path) -> Non
     start = RouterStart("prompts", prompts=prompts(tmp_path / "p.yaml", texts_of_kinds("train", 20)))
     routers = weights(start, TINY_BASE, n_expert=4)
     tokenizer = Tokenizer(TINY_BASE)
-    names = list(yaml.safe_load((tmp_path / "p.yaml").read_text(encoding="utf-8")))
-    right: dict[str, list[float]] = {name: [] for name in names}
-    for name, texts in texts_of_kinds("val", 12).items():
+    # share[kind, expert], over the tokens of all layers
+    share = torch.zeros(4, 4)
+    for kind, texts in enumerate(texts_of_kinds("val", 12).values()):
         documents = [tokenizer.encode(text)[:ROW_TOKENS] for text in texts]
-        for i, h_ND in hidden_states(Stored(TINY_BASE), documents, routers):
-            chosen_N = (h_ND @ routers[i].T).argmax(dim=1)
-            right[name].append(float((chosen_N == names.index(name)).float().mean()))
-    print(right)
-    # Chance is 1/4 a token; most tokens of a question about wheat could stand in one about tomatoes.
-    assert all(max(shares) > 0.3 for shares in right.values())
-    assert sum(map(sum, right.values())) / (4 * len(routers)) > 0.35
+        chosen = [
+            (h_ND @ routers[i].T).argmax(dim=1) for i, h_ND in hidden_states(Stored(TINY_BASE), documents, [0, 1, 2, 3])
+        ]
+        share[kind] = torch.bincount(torch.cat(chosen), minlength=4) / len(torch.cat(chosen))
+    # Each expert sees more of its own kind than of any other; most words of a question about wheat fit tomatoes, too.
+    assert share.argmax(dim=0).tolist() == list(range(4))
+    assert share.diagonal().min() > 0.27 and share[3, 3] > 0.8
+
+
+def test_the_example_of_prompts_is_one() -> None:
+    routers = weights(RouterStart("prompts", prompts=CONFIGS / "router_prompts.yaml"), TINY_BASE, n_expert=8)
+    assert routers[3].shape == (8, 128)
 
 
 def test_copies_keep_their_bits(dense_dir: Path, tmp_path: Path) -> None:
