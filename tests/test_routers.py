@@ -80,7 +80,8 @@ def load_of(rows_ED: Tensor, h_ND: Tensor) -> Tensor:
 
 def test_hidden_states_are_what_the_mlp_reads(dense_dir: Path) -> None:
     tokenizer = Tokenizer(dense_dir)
-    documents = [tokenizer.encode(text)[: 5 + 13 * i] for i, text in enumerate(TEXTS)] + [[3]]
+    documents = [tokenizer.encode(text)[: 5 + 13 * i] for i, text in enumerate(TEXTS)] + [[3], [7, 8, 9, 7, 8]]
+    # Rows are 64 wide: the last documents go into the first row, out of their order.
     model = load_model(dense_dir, dtype=torch.float32)
     seen: dict[int, list[Tensor]] = {0: [], 1: []}
     for i, block in enumerate(model.transformer.h):
@@ -131,10 +132,10 @@ def planted(sizes: Sequence[int], *, noise: float, width: int = 48) -> tuple[Ten
 
 @pytest.mark.parametrize("seed", range(5))
 def test_planted_clusters_are_found(seed: int) -> None:
-    h_ND, directions_ED = planted([200] * 6, noise=0.1)
-    rows_ED = balanced_rows(h_ND, 6, generator(seed, "x"))
-    assert sorted((rows_ED @ directions_ED.T).argmax(dim=1).tolist()) == list(range(6))
-    torch.testing.assert_close(load_of(rows_ED, h_ND), torch.ones(6))
+    h_ND, directions_ED = planted([50] * 24, noise=0.1)
+    rows_ED = balanced_rows(h_ND, 24, generator(seed, "x"))
+    assert sorted((rows_ED @ directions_ED.T).argmax(dim=1).tolist()) == list(range(24))
+    torch.testing.assert_close(load_of(rows_ED, h_ND), torch.ones(24))
     # Nothing of the mean direction is left: 48-dimensional random rows would have 0.14 of it.
     assert (rows_ED @ F.normalize(h_ND.mean(dim=0), dim=0)).abs().max() < 1e-4
 
