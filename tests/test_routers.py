@@ -276,10 +276,10 @@ def test_only_the_layers_asked_for(dense_dir: Path, calibration: Path) -> None:
         ({"start": "kmeans"}, "needs router.data"),
         ({"start": "prompts"}, "needs router.prompts"),
         ({"start": "copy-from"}, "needs router.checkpoint_dir"),
-        ({"data": Path("x")}, "router.data is for router.start kmeans, which is normal"),
-        ({"start": "kmeans", "data": Path("x"), "prompts": Path("y")}, "router.prompts is for"),
-        ({"start": "copy-from", "checkpoint_dir": Path("x"), "std": 0.1}, "router.std is for"),
-        ({"max_tokens": 5}, "router.max_tokens is for"),
+        ({"data": Path("x")}, "router.data goes with router.start kmeans, but router.start is normal"),
+        ({"start": "kmeans", "data": Path("x"), "prompts": Path("y")}, "router.prompts goes with"),
+        ({"start": "copy-from", "checkpoint_dir": Path("x"), "std": 0.1}, "router.std goes with"),
+        ({"max_tokens": 5}, "router.max_tokens goes with"),
     ],
 )
 def test_settings_that_contradict_themselves(settings: dict[str, Any], message: str) -> None:
@@ -307,7 +307,7 @@ def test_calibration_files_that_do_not_do(dense_dir: Path, calibration: Path, tm
     assert "3 experts, expected at least 24" in refused(start, dense_dir)
     small = RouterStart("kmeans", data=calibration, max_tokens=20)
     assert "gives 1" in (said := refused(small, dense_dir)) and "router.max_tokens (20)" in said
-    # 200 times one token, in a model whose attention cannot tell them apart.
+    # Enough for three experts is not enough for 200.
     lines(path, [{"id": str(i), "text": " 7 7 7" * 3} for i in range(9)])
     assert "experts, expected at least" in refused(start, dense_dir, n_expert=200)
 
