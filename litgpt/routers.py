@@ -4,8 +4,8 @@ Equal experts give the dense model's output whatever the router says (`litgpt.up
 something useful: which tokens belong together. Rows made of hidden states need care in three places.
 
 - The mean direction. Hidden states have a part in common, their mean. Centroids with that part lean towards each
-  other, and a linear router without a bias adds it to every logit of an expert alike: the expert whose row has most of
-  it gets most tokens, and the softmax tells less about the rest. Rows are orthogonal to the mean state.
+  other, and in a linear router without a bias it adds nearly the same to an expert's logit at every token: the expert
+  whose row has most of it gets most tokens. Rows are orthogonal to the mean state.
 - The balance. The router has no bias that could hold back a large cluster. So the clusters that its rows are the
   centroids of are made equally large, and all rows equally long.
 - The scale. Centroids point at tokens and random rows do not, so rows of equal length would give logits many times as
@@ -180,9 +180,9 @@ def router_weights(
         said.append(_load_and_entropy(rows[layer], h_ND))
     loads, entropies = zip(*said, strict=True)
     print(
-        f"routers of {len(rows)} layer{'s' * (len(rows) > 1)} from {len(h_ND)} tokens of {source}: on these the busiest expert is the first "
-        f"choice of {max(loads):.2f} times its share at most, entropy {min(entropies):.3f} to {max(entropies):.3f} of "
-        "log E",
+        f"routers of {len(rows)} layer{'s' * (len(rows) > 1)} from {len(h_ND)} tokens of {source}: on these the busiest "
+        f"expert is the first choice of {max(loads):.2f} times its share at most, entropy {min(entropies):.3f} to "
+        f"{max(entropies):.3f} of log E",
         file=sys.stderr,
     )
     return rows
