@@ -19,7 +19,6 @@ Shapes: N tokens, D width, E experts, T positions.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -36,11 +35,12 @@ from litgpt.data import read_records, render_record
 from litgpt.keymap import BLOCKS, BlockId
 from litgpt.model import document_mask, positions_in_document, rope_cos_sin
 from litgpt.packing import pack, permutation
+from litgpt.recipes import seeded
 from litgpt.stored import Stored, Streamed
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError, progress
 
-__all__ = ["RouterStart", "balanced_rows", "generator", "group_rows", "hidden_states", "router_weights"]
+__all__ = ["RouterStart", "balanced_rows", "group_rows", "hidden_states", "router_weights"]
 
 ROW_TOKENS = 512
 """Tokens that run through a block at once. Longer documents are cut: one of them must not be the whole calibration."""
@@ -107,13 +107,6 @@ _NEEDED = {
 }
 
 
-def generator(seed: int, name: str) -> torch.Generator:
-    """A stream of its own for each tensor; hashed, since neighbouring seeds must not share streams of other tensors."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    # torch's CPU generator is seeded with 32 bits; more would be cut off.
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-
-
 def router_weights(
     start: RouterStart, dense: Stored, tokenizer: Tokenizer, *, n_expert: int, layers: Sequence[int], seed: int
 ) -> dict[int, Tensor]:
@@ -146,7 +139,7 @@ def router_weights(
         return _copied(Stored(start.checkpoint_dir), n_expert, dense.config.n_embd, layers)
     if start.start == "normal":
         shape = (n_expert, dense.config.n_embd)
-        return {i: torch.randn(shape, generator=generator(seed, name)) * start.std for i, name in names.items()}
+        return {i: torch.randn(shape, generator=seeded(seed, name)) * start.std for i, name in names.items()}
 
     longest = min(ROW_TOKENS, dense.config.block_size)
     groups: list[str] = []
@@ -174,14 +167,14 @@ def router_weights(
         if groups:
             rows_ED = group_rows(h_ND, group_N, n_expert)
         else:
-            rows_ED = balanced_rows(h_ND, n_expert, generator(seed, names[layer]))
+            rows_ED = balanced_rows(h_ND, n_expert, seeded(seed, names[layer]))
         _check_distinct(rows_ED, source, layer, groups)
         rows[layer] = _scaled(rows_ED, h_ND, start.std)
         said.append(_load_and_entropy(rows[layer], h_ND))
     loads, entropies = zip(*said, strict=True)
     print(
-        f"routers of {len(rows)} layer{'s' * (len(rows) > 1)} from {len(h_ND)} tokens of {source}: on these the busiest "
-        f"expert is the first choice of {max(loads):.2f} times its share at most, entropy {min(entropies):.3f} to "
+        f"routers of {len(rows)} layer{'s' * (len(rows) > 1)} from {len(h_ND)} tokens of {source}: on these the "
+        f"busiest expert is the first choice of {max(loads):.2f} times its share at most, entropy {min(entropies):.3f} to "
         f"{max(entropies):.3f} of log E",
         file=sys.stderr,
     )

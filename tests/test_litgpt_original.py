@@ -15,6 +15,7 @@ import torch
 from litgpt.checkpoint import LitReader, convert_hf_to_lit, load_model, save_lit_dir
 from litgpt.config import Config
 from litgpt.model import GPT
+from litgpt.recipes import Granular, Shared
 from litgpt.tokenizer import Tokenizer
 from litgpt.upcycle import upcycle as fresh
 from tests.tiny_models import FAMILIES, build_hf_dir, same_bits
@@ -68,6 +69,11 @@ def results(original: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     # With equal experts, which are stored once.
     directories["qwen3-tied fresh"] = root / "fresh"
     fresh(directories["qwen3-tied"], directories["qwen3-tied fresh"], n_expert=4, thought_tokens="none")
+    for recipe in (Shared(), Granular(parts=2)):
+        directories[f"qwen3-tied {recipe.name}"] = root / recipe.name
+        fresh(directories["qwen3-tied"], root / recipe.name, recipe=recipe, n_expert=4, thought_tokens="none")
+    directories["qwen3-tied dense first"] = root / "first"
+    fresh(directories["qwen3-tied"], root / "first", layers="1,2", n_expert=4, thought_tokens="none")
     directories["trained by LitGPT"] = root / "trained"
     shutil.copytree(directories["qwen3_moe"], directories["trained by LitGPT"])
     path = directories["trained by LitGPT"] / "lit_model.pth"
@@ -88,7 +94,10 @@ def results(original: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return {label: (directories[label], output) for label, output in zip(directories, outputs, strict=True)}
 
 
-LABELS = [*FAMILIES, "qwen3-tied upcycled", "qwen3 upcycled", "llama upcycled", "qwen3-tied fresh", "trained by LitGPT"]
+LABELS = [
+    *(*FAMILIES, "qwen3-tied upcycled", "qwen3 upcycled", "llama upcycled", "qwen3-tied fresh"),
+    *("qwen3-tied shared", "qwen3-tied granular", "qwen3-tied dense first", "trained by LitGPT"),
+]
 
 
 @pytest.mark.parametrize("label", LABELS)

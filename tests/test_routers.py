@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from litgpt.chat import render
 from litgpt.checkpoint import load_model, save_lit_dir
 from litgpt.model import GPT, Block
+from litgpt.recipes import seeded
 from litgpt.routers import (
     ROW_TOKENS,
     RouterStart,
     balanced_rows,
-    generator,
     group_rows,
     hidden_states,
     router_weights,
@@ -133,7 +133,7 @@ def planted(sizes: Sequence[int], *, noise: float, width: int = 48) -> tuple[Ten
 @pytest.mark.parametrize("seed", range(5))
 def test_planted_clusters_are_found(seed: int) -> None:
     h_ND, directions_ED = planted([50] * 24, noise=0.1)
-    rows_ED = balanced_rows(h_ND, 24, generator(seed, "x"))
+    rows_ED = balanced_rows(h_ND, 24, seeded(seed, "x"))
     assert sorted((rows_ED @ directions_ED.T).argmax(dim=1).tolist()) == list(range(24))
     torch.testing.assert_close(load_of(rows_ED, h_ND), torch.ones(24))
     # Nothing of the mean direction is left: 48-dimensional random rows would have 0.14 of it.
@@ -153,7 +153,7 @@ def plain_kmeans(h_ND: Tensor, centroids_ED: Tensor) -> Tensor:
 def test_balance_where_plain_kmeans_has_none() -> None:
     h_ND, directions_ED = planted([1400, 200, 200, 200], noise=0.25)
     plain = load_of(plain_kmeans(h_ND, 3 * h_ND.mean(dim=0) / h_ND.mean(dim=0).norm() + directions_ED), h_ND)
-    even = load_of(balanced_rows(h_ND, 4, generator(1, "x")), h_ND)
+    even = load_of(balanced_rows(h_ND, 4, seeded(1, "x")), h_ND)
     assert plain.max() > 2 and plain.min() < 0.5
     assert even.max() < 1.5 and even.min() > 0.6
 
@@ -177,7 +177,7 @@ def test_logits_spread_like_those_of_a_normal_start(dense_dir: Path, calibration
         routers = weights(RouterStart("prompts", std=std, prompts=prompts(tmp_path / "p.yaml", groups)), dense_dir)
         for i, h_ND in states.items():
             # Many random rows, so that the sample's spread is the distribution's.
-            random_RD = torch.randn(4000, h_ND.size(1), generator=generator(0, "r")) * std
+            random_RD = torch.randn(4000, h_ND.size(1), generator=seeded(0, "r")) * std
             expected = (h_ND @ random_RD.T).var(dim=1).mean().sqrt()
             found = (h_ND @ routers[i].T).var(dim=1).mean().sqrt()
             assert found / expected == pytest.approx(1, abs=0.05)
