@@ -174,8 +174,8 @@ def router_weights(
     loads, entropies = zip(*said, strict=True)
     print(
         f"routers of {len(rows)} layer{'s' * (len(rows) > 1)} from {len(h_ND)} tokens of {source}: on these the "
-        f"busiest expert is the first choice of {max(loads):.2f} times its share at most, entropy {min(entropies):.3f} to "
-        f"{max(entropies):.3f} of log E",
+        f"busiest expert is the first choice of {max(loads):.2f} times its share at most, entropy "
+        f"{min(entropies):.3f} to {max(entropies):.3f} of log E",
         file=sys.stderr,
     )
     return rows
