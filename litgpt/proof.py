@@ -14,7 +14,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,7 +24,7 @@ from litgpt.keymap import BlockId
 from litgpt.model import Routing, document_mask, positions_in_document, rope_cos_sin
 from litgpt.recipes import COPY, Recipe, origin, recipe_of_provenance
 from litgpt.routing import RouterStats
-from litgpt.stored import EMBED, HEAD, NORM, Stored, Streamed
+from litgpt.stored import EMBED, HEAD, NORM, Stored, Streamed, same_bits
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError, progress
 
@@ -283,7 +282,7 @@ class _Run:
             self.layers.append(_layer_proof(layer, x_dense_BTD, x_made_BTD, routed))
         dense.drop_blocks()
         made.drop_blocks()
-        if self.compare_bits and not _same_bits(dense.stored.read(NORM), made.stored.read(NORM)):
+        if self.compare_bits and not same_bits(dense.stored.read(NORM), made.stored.read(NORM)):
             self.changed.append(made.stored.spelling(NORM))
         return dense.last_norm(x_dense_BTD), made.last_norm(x_made_BTD)
 
@@ -296,7 +295,7 @@ class _Run:
                 continue
             key = (origin(piece), self.recipe.kind(piece))
             if key not in verdicts:
-                verdicts[key] = _same_bits(self.recipe.make(piece, source, self.seed), values)
+                verdicts[key] = same_bits(self.recipe.make(piece, source, self.seed), values)
             if not verdicts[key]:
                 self.changed.append(made.spelling(piece))
 
@@ -311,19 +310,6 @@ def _layer_proof(layer: int, x_dense_BTD: Tensor, x_made_BTD: Tensor, routed: Ro
     return LayerProof(layer, error, result.share_E, result.entropy)
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal byte for byte; -0.0 is not 0.0 here, and a NaN equals itself."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    if a is b:
-        return True
-    a_bytes, b_bytes = (x.reshape(-1).view(torch.uint8).numpy() for x in (a, b))
-    # In words of 8 bytes, which is several times as fast as in bytes.
-    whole = len(a_bytes) // 8 * 8
-    same_words = np.array_equal(a_bytes[:whole].view(np.uint64), b_bytes[:whole].view(np.uint64))
-    return same_words and np.array_equal(a_bytes[whole:], b_bytes[whole:])
-
-
 def _compare_rows(dense: Stored, made: Stored, added: Collection[int]) -> list[str]:
     """Embedding and head, if they differ in any row that is not in `added`."""
     blocks = [EMBED, HEAD]
@@ -335,9 +321,9 @@ def _compare_rows(dense: Stored, made: Stored, added: Collection[int]) -> list[s
         for start in range(0, rows, ROWS_AT_A_TIME):
             span = (start, min(start + ROWS_AT_A_TIME, rows))
             a, b = dense.read(block, *span), made.read(block, *span)
-            if _same_bits(a, b):
+            if same_bits(a, b):
                 continue
-            if not all(start + row in added or _same_bits(a[row], b[row]) for row in range(len(a))):
+            if not all(start + row in added or same_bits(a[row], b[row]) for row in range(len(a))):
                 differing.append(made.spelling(block))
                 break
     return differing
