@@ -168,7 +168,8 @@ def table(costs: dict[str, Cost]) -> str:
         lines.append(
             f"{label}: {ours.seconds / mergekit.seconds:.2f} of mergekit-moe's time "
             f"({ours.flushed / mergekit.flushed:.2f} until on disk), "
-            f"{ours.peak_bytes / mergekit.peak_bytes:.2f} of its memory; {ours.flushed / plain.flushed:.2f} of the plain write until on disk"
+            f"{ours.peak_bytes / mergekit.peak_bytes:.2f} of its memory; "
+            f"{ours.flushed / plain.flushed:.2f} of the plain write until on disk"
         )
     return "\n".join(lines)
 

@@ -148,6 +148,8 @@ class HFWriter:
         directory: exists; whoever makes it also makes it appear at once (`utils.atomic_dir`).
         specs: name → (shape, dtype), in the order in which shards are filled.
         max_shard_bytes: a new shard begins before one would grow beyond this; a larger tensor has one to itself.
+        hashed: hash the files while they are written; for tensors that come `in_file_order`, `sha256` then holds the
+            digests after leaving.
 
     Raises:
         UserError: the disk has no room, or a dtype that safetensors files of ours do not have.
@@ -160,8 +162,12 @@ class HFWriter:
         specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         *,
         max_shard_bytes: int,
+        hashed: bool = False,
     ) -> None:
         self.directory = directory
+        self._hashed = hashed
+        self.sha256: dict[str, str] = {}
+        """File name → SHA-256, where all of it is known."""
         self.specs = {name: Spec(tuple(shape), dtype) for name, (shape, dtype) in specs.items()}
         self._shards = _fill_shards(self.specs, max_shard_bytes)
         count = len(self._shards)
@@ -173,15 +179,22 @@ class HFWriter:
         check_free_disk(self.directory, sum(spec.nbytes for spec in self.specs.values()))
         self._places: dict[str, tuple[FileSink, int]] = {}
         self._missing = {name: row_count(spec.shape) for name, spec in self.specs.items()}
+        self._sinks: dict[str, FileSink] = {}
         with contextlib.ExitStack() as undo, full_disk_is_users_error(self.directory):
             for file_name, names in zip(self.file_names, self._shards, strict=True):
-                sink = FileSink(self.directory / file_name, os.O_CREAT | os.O_TRUNC)
+                sink = FileSink(self.directory / file_name, os.O_CREAT | os.O_TRUNC, hashed=self._hashed)
+                self._sinks[file_name] = sink
                 undo.callback(sink.close)
                 header, offsets = _encode_header({name: self.specs[name] for name in names})
                 sink.write(0, header)
                 self._places |= {name: (sink, offset) for name, offset in offsets.items()}
             self._undo = undo.pop_all()
         return self
+
+    @property
+    def in_file_order(self) -> list[str]:
+        """All names, file by file, as their bytes follow each other."""
+        return list(self._places)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor; shape and dtype must be the announced ones.
@@ -212,6 +225,9 @@ class HFWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            digests = {file_name: sink.sha256() for file_name, sink in self._sinks.items()}
+            self.sha256 = {file_name: digest for file_name, digest in digests.items() if digest is not None}
         self._undo.close()
         if error is not None:
             return

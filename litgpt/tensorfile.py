@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import math
 import os
 import pickle
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -147,15 +149,33 @@ class FileSink:
     Args:
         path: the file.
         flags: of `os.open`, beside `O_WRONLY`.
+        hashed: hash what is written, in a thread of its own, as long as it comes in the file's order.
     """
 
-    def __init__(self, path: Path, flags: int = 0) -> None:
+    def __init__(self, path: Path, flags: int = 0, *, hashed: bool = False) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | flags, 0o644)
         self._unflushed = 0
+        self._pool = ThreadPoolExecutor(1)
+        self._hash = hashlib.sha256() if hashed else None
+        self._hashed = 0
+        self._hashing: Future[None] | None = None
+
+    def sha256(self) -> str | None:
+        """Of what was written, hexadecimal; `None` where it did not come in order."""
+        if self._hashing is not None:
+            self._hashing.result()
+        return None if self._hash is None else self._hash.hexdigest()
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Write all of `data` at a byte offset."""
+        """Write all of `data` at a byte offset; it must not change before the next call."""
         data = memoryview(data)
+        if offset != self._hashed:
+            self._hash = None
+        if self._hash is not None:
+            if self._hashing is not None:
+                self._hashing.result()
+            self._hashing = self._pool.submit(self._hash.update, data)
+            self._hashed += len(data)
         done = 0
         while done < len(data):
             # One call moves at most 2 GiB on Linux.
@@ -173,6 +193,7 @@ class FileSink:
             self.write(offset, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
+        self._pool.shutdown()
         os.close(self._descriptor)
 
 

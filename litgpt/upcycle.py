@@ -13,9 +13,9 @@ import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -181,7 +181,7 @@ def upcycle(
         source_hashes = _hashing(pool, dense.files)
         dtypes = {spec.dtype for spec in plan.specs.values()}
         beside = pool.submit(_write_beside, temporary, dense.directory, config, tokenizer, dtypes, format)
-        plan.write(temporary, dense, _Values(dense, recipe, routers, new_rows, seed))
+        written = plan.write(temporary, _Values(dense, recipe, routers, new_rows, seed))
         beside.result()
         made: dict[str, Any] = {
             "directory": target.name,
@@ -202,7 +202,7 @@ def upcycle(
             provenance[STORED_HEAD] = True
         write_provenance(temporary, provenance)
         stored = Stored(temporary)
-        hashes = _hashing(pool, stored.files)
+        hashes = _hashing(pool, [path for path in stored.files if path.name not in written])
         proofs = _prove(sample, dense, stored, added, recipe, seed, proof_dtype)
         _refuse_failed(proofs, recipe)
         made["source_sha256"] = {name: digest.result() for name, digest in source_hashes.items()}
@@ -218,7 +218,7 @@ def upcycle(
             dense_bytes=sum(path.stat().st_size for path in dense.files),
             n_bytes=sum(path.stat().st_size for path in stored.files),
             dense_sha256=made["source_sha256"],
-            sha256={name: digest.result() for name, digest in hashes.items()},
+            sha256=written | {name: digest.result() for name, digest in hashes.items()},
         )
         write_upcycle_report(temporary / REPORT_DIR, report)
     return report
@@ -290,10 +290,6 @@ def _refuse_foreign(target: Path, source_dir: Path) -> None:
     )
 
 
-class _Writer(Protocol):
-    def write_rows(self, name: str, start: int, rows: Tensor) -> None: ...
-
-
 @dataclass(frozen=True)
 class _Values:
     """What the made model's blocks hold."""
@@ -303,6 +299,8 @@ class _Values:
     routers: dict[int, Tensor]
     new_rows: dict[BlockId, dict[int, Tensor]]
     seed: int
+    recent: dict[tuple[BlockId, int], Tensor] = field(default_factory=dict)
+    """The pieces read last: a file holds the three matrices of one expert after those of the other."""
 
     def rows(self, block: BlockId, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) of a block, in pieces of `CHUNK_BYTES` where it is a copy, else at once."""
@@ -318,26 +316,32 @@ class _Values:
         row_bytes = math.prod(self.dense.reader.specs[place.tensor].shape[1:]) * dtype.itemsize
         step = max(1, CHUNK_BYTES // row_bytes)
         for start in range(0, height, step):
-            rows = self.dense.read(source, start, min(start + step, height))
+            rows = self._read(source, start, min(start + step, height))
             for row, values in self.new_rows.get(source, {}).items():
                 if start <= row < start + len(rows):
                     rows[row - start] = values
             yield start, rows
+
+    def _read(self, source: BlockId, start: int, stop: int) -> Tensor:
+        rows = self.recent.get((source, start))
+        if rows is None:
+            while len(self.recent) >= 3:
+                del self.recent[next(iter(self.recent))]
+            rows = self.recent[source, start] = self.dense.read(source, start, stop)
+        return rows
 
 
 @dataclass(frozen=True)
 class _Plan:
     """What the made model's files consist of.
 
-    Tensors of the same origin and kind are read and made once. A lit file stores them once, under many names:
+    A lit file stores tensors of the same origin and kind once, under many names:
     `torch.save` keeps shared storage shared, and who loads the file into E parameters gets E copies. A tied head is
     another name for the embedding in the same way. Safetensors have no such names, so there each is written.
     """
 
     format: Format
     layout: Layout
-    copies: list[list[str]]
-    """Names of tensors with equal content, group by group."""
     specs: dict[str, Spec]
     """Every tensor that is stored, in the file's order."""
     aliases: dict[str, str]
@@ -367,25 +371,29 @@ class _Plan:
         if format == "lit":
             aliases |= {name: names[0] for names in groups.values() for name in names[1:]}
             specs = {name: spec for name, spec in specs.items() if name not in aliases}
-        return cls(format, target, list(groups.values()), specs, aliases)
+        return cls(format, target, specs, aliases)
 
-    def write(self, directory: Path, dense: Stored, values: _Values) -> None:
-        """Write the weights, holding a few rows at a time, or one matrix that a recipe makes."""
-        with self._writer(directory) as writer:
-            for names in progress(self.copies, f"upcycling to {self.format}", unit="tensor"):
-                stored = [name for name in names if name in self.specs]
-                first = 0
-                for block in self.layout.parts[names[0]]:
-                    height = self.layout.rows[block].stop - self.layout.rows[block].start
-                    for start, rows in values.rows(block, self.specs[names[0]].dtype):
-                        for name in stored:
-                            writer.write_rows(name, first + start, rows)
-                    first += height
+    def write(self, directory: Path, values: _Values) -> dict[str, str]:
+        """Write the weights, holding a few rows at a time, or one matrix that a recipe makes.
 
-    def _writer(self, directory: Path) -> Any:
+        Returns:
+            SHA-256 of the files by name, as far as they were hashed on their way: safetensors, which are written from
+            the first byte to the last.
+        """
+        writer: LitWriter | HFWriter
         if self.format == "lit":
-            return LitWriter(directory / LIT_FILE, self.specs, aliases=self.aliases)
-        return HFWriter(directory, self.specs, max_shard_bytes=MAX_SHARD_BYTES)
+            writer = LitWriter(directory / LIT_FILE, self.specs, aliases=self.aliases)
+        else:
+            writer = HFWriter(directory, self.specs, max_shard_bytes=MAX_SHARD_BYTES, hashed=True)
+        with writer:
+            names = list(self.specs) if isinstance(writer, LitWriter) else writer.in_file_order
+            for name in progress(names, f"upcycling to {self.format}", unit="tensor"):
+                first = 0
+                for block in self.layout.parts[name]:
+                    for start, rows in values.rows(block, self.specs[name].dtype):
+                        writer.write_rows(name, first + start, rows)
+                    first += self.layout.rows[block].stop - self.layout.rows[block].start
+        return {} if isinstance(writer, LitWriter) else writer.sha256
 
 
 def _write_beside(
