@@ -50,6 +50,8 @@ class HFReader:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
+        self.once = False
+        """Whether what is read is read once, see `litgpt.tensorfile.read_bytes`."""
         listed = _weight_map(self.directory)
         self.files: tuple[Path, ...] = tuple(self.directory / name for name in sorted(set(listed.values())))
         if not listed:
@@ -80,7 +82,7 @@ class HFReader:
         path, offset = self._places[name]
         row = spec.shape[-1:] if len(spec.shape) > 1 else ()
         row_bytes = math.prod(row) * spec.dtype.itemsize
-        data = read_bytes(path, name, offset + start * row_bytes, (stop - start) * row_bytes)
+        data = read_bytes(path, name, offset + start * row_bytes, (stop - start) * row_bytes, once=self.once)
         return data.view(spec.dtype).reshape(stop - start, *row)
 
 

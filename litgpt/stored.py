@@ -7,7 +7,10 @@ between. `Streamed` casts what it reads and runs the model with one transformer 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +34,10 @@ from litgpt.config import Config
 from litgpt.keymap import DERIVED_HF_BUFFERS, HF_EMBED, HF_HEAD, LIT_EMBED, LIT_HEAD, BlockId, flat_rows, layout
 from litgpt.model import Block, LLaMAMoE, RMSNorm
 from litgpt.safetensorfile import HFReader
-from litgpt.tensorfile import LitReader
+from litgpt.tensorfile import LitReader, row_count
+
+AHEAD_BYTES = 64 << 20
+"""A thread reads so far ahead of what is computed (and one piece at least)."""
 
 EMBED, HEAD, NORM = BlockId("embed"), BlockId("head"), BlockId("norm_f")
 
@@ -57,6 +63,7 @@ class Stored:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
+        self._equal: dict[Place, Place] = {}
         unconverted = (self.directory / HF_CONFIG_FILE).is_file() and not (self.directory / LIT_FILE).is_file()
         hugging_face = unconverted and any(self.directory.glob("*.safetensors*"))
         self.reader: LitReader | HFReader
@@ -96,7 +103,12 @@ class Stored:
         if block == HEAD and self.config.tie_embeddings:
             block = EMBED
         name, start, stop = self.layout.rows[block]
-        return Place(self._aliases.get(name, name), start, stop)
+        place = Place(self._aliases.get(name, name), start, stop)
+        return self._equal.get(place, place)
+
+    def is_equal(self, block: BlockId, other: BlockId) -> None:
+        """Take note that two blocks hold the same bits: from now on one is read for both."""
+        self._equal[self.place(block)] = self.place(other)
 
     def spelling(self, block: BlockId) -> str:
         """The name on disk of the tensor that a block is (a part of)."""
@@ -105,6 +117,12 @@ class Stored:
     def dtype(self, block: BlockId) -> torch.dtype:
         """How it is stored."""
         return self.reader.specs[self.place(block).tensor].dtype
+
+    def nbytes(self, block: BlockId) -> int:
+        """Its size on disk."""
+        place = self.place(block)
+        spec = self.reader.specs[place.tensor]
+        return (place.stop - place.start) * spec.nbytes // max(1, row_count(spec.shape))
 
     def read(self, block: BlockId, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows `start:stop` of a block (all of them by default), as stored, in memory of their own.
@@ -166,6 +184,10 @@ class Streamed:
         self.stored, self.config, self.dtype = stored, stored.config, dtype
         self._in_memory = layout(self.config, "memory")
         self._blocks: dict[bool, Block] = {}
+        self._pool = ThreadPoolExecutor(1)
+        self._ahead: deque[tuple[list[BlockId], int, Future[Tensor]]] = deque()
+        self._coming: Iterator[list[BlockId]] = iter(())
+        self._next = -1
         self._memory: dict[bool, dict[str, Tensor]] = {}
 
     def block(self, layer: int, see: Callable[[Tensor, list[BlockId]], None] | None = None) -> Block:
@@ -177,16 +199,13 @@ class Streamed:
                 directory are one piece).
         """
         block, stacks = self._empty(layer), _Stacks()
-        pieces: dict[Place, list[BlockId]] = {}
-        for piece in self.stored.layout.rows:
-            if piece.layer == layer:
-                pieces.setdefault(self.stored.place(piece), []).append(piece)
-        for same in pieces.values():
-            values = self.stored.read(same[0])
+        for same, values in self._read(layer):
             for piece in same:
                 place = self._in_memory.rows[piece]
                 name = place.tensor.removeprefix(f"transformer.h.{layer}.")
                 if stacks.has(name, piece, values, self._memory[layer in self.config.moe_layers]):
+                    if piece == same[0]:
+                        self.stored.is_equal(piece, piece._replace(expert=0))
                     continue
                 parameter = self._memory[layer in self.config.moe_layers][name]
                 flat_rows(parameter, place.start, place.stop).copy_(values)
@@ -199,6 +218,34 @@ class Streamed:
                 shown = full if f"mlp.experts.{stack}" in stacks.apart else full[:1].expand_as(full)
                 setattr(block.mlp.experts, stack, nn.Parameter(shown, requires_grad=False))
         return block
+
+    def _read(self, layer: int) -> Iterator[tuple[list[BlockId], Tensor]]:
+        """The stored pieces of a layer, each with the blocks that it is.
+
+        A thread reads ahead, into the next layer, too: a disk has time while a block computes.
+        """
+        if layer != self._next:
+            self._ahead.clear()
+            self._coming = chain.from_iterable(map(self._pieces, range(layer, self.config.n_layer)))
+        self._next = layer + 1
+        while True:
+            waiting = sum(n_bytes for _, n_bytes, _ in self._ahead)
+            while waiting < AHEAD_BYTES and (same := next(self._coming, None)) is not None:
+                n_bytes = self.stored.nbytes(same[0])
+                self._ahead.append((same, n_bytes, self._pool.submit(self.stored.read, same[0])))
+                waiting += n_bytes
+            if not self._ahead or self._ahead[0][0][0].layer != layer:
+                return
+            same, _, values = self._ahead.popleft()
+            yield same, values.result()
+
+    def _pieces(self, layer: int) -> list[list[BlockId]]:
+        """The blocks of a layer, those that are one piece on disk together."""
+        pieces: dict[Place, list[BlockId]] = {}
+        for piece in self.stored.layout.rows:
+            if piece.layer == layer:
+                pieces.setdefault(self.stored.place(piece), []).append(piece)
+        return list(pieces.values())
 
     def _empty(self, layer: int) -> Block:
         kind = layer in self.config.moe_layers

@@ -121,11 +121,18 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def read_bytes(path: Path, name: str, offset: int, count: int) -> Tensor:
+def read_bytes(path: Path, name: str, offset: int, count: int, *, once: bool = False) -> Tensor:
     """`count` bytes of a file from `offset` on, as a uint8 tensor with memory of its own.
 
+    Args:
+        path: the file.
+        name: the tensor to blame in the message.
+        offset, count: which bytes.
+        once: nobody will read them again: they leave the page cache, as what `FileSink` writes does and for the same
+            reason (5 GB in 2.5 s instead of 6 to 16).
+
     Raises:
-        UserError: the file ends before that; `name` is the tensor to blame in the message.
+        UserError: the file ends before that.
     """
     data = torch.empty(count, dtype=torch.uint8)
     view = data.numpy().data
@@ -138,6 +145,8 @@ def read_bytes(path: Path, name: str, offset: int, count: int) -> Tensor:
             if not got:
                 raise UserError(f"{path} ends {count - done} bytes early in {name}; download or convert it again")
             done += got
+        if once and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
     return data
@@ -235,6 +244,8 @@ class LitReader:
 
     def __init__(self, checkpoint_dir: str | os.PathLike[str]) -> None:
         self.path = Path(checkpoint_dir) / LIT_FILE
+        self.once = False
+        """Whether what is read is read once, see `read_bytes`."""
         self._holes, self.aliases = _holes(self.path)
         """`aliases`: name → the earlier name whose storage it shares (`lm_head.weight` of a tied model)."""
         self.specs: dict[str, Spec] = {name: hole.spec for name, hole in self._holes.items()}
@@ -270,7 +281,7 @@ class LitReader:
         if stride != _row_major(spec.shape):
             return self.read(name).reshape(-1, *row)[start:stop]
         row_bytes = math.prod(row) * spec.dtype.itemsize
-        data = read_bytes(self.path, name, offset + start * row_bytes, (stop - start) * row_bytes)
+        data = read_bytes(self.path, name, offset + start * row_bytes, (stop - start) * row_bytes, once=self.once)
         return data.view(spec.dtype).reshape(stop - start, *row)
 
 

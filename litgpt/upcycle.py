@@ -202,6 +202,7 @@ def upcycle(
             provenance[STORED_HEAD] = True
         write_provenance(temporary, provenance)
         stored = Stored(temporary)
+        stored.reader.once = True
         hashes = _hashing(pool, [path for path in stored.files if path.name not in written])
         proofs = _prove(sample, dense, stored, added, recipe, seed, proof_dtype)
         _refuse_failed(proofs, recipe)
@@ -246,6 +247,7 @@ def verify(
     sample = Sample.of(known, SAMPLE_TEXTS, dense.config.block_size)
     added = tuple(set(theirs.thought_ids or ()) - set(known.thought_ids or ()))
     recipe, seed = recipe_behind(made)
+    made.reader.once = True
     with ThreadPoolExecutor(1) as pool:
         hashes = [_hashing(pool, model.files) for model in (dense, made)]
         proofs = _prove(sample, dense, made, added, recipe, seed, proof_dtype)
