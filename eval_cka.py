@@ -85,9 +85,9 @@ def main(
         seed: of the sample behind the map.
     """
     if checkpoint_a is None or checkpoint_b is None or data is None:
-        last = _last_run()
+        last = last_run()
         print(f"taking what is not named from the last run, {last}")
-        inputs = _inputs_of(last)
+        inputs = inputs_of(last)
         checkpoint_a = checkpoint_a or inputs["a"]
         checkpoint_b = checkpoint_b or inputs["b"]
         data = data or inputs["data"]
@@ -231,7 +231,7 @@ def compare(
     )
 
 
-def _last_run() -> Path:
+def last_run() -> Path:
     """The run in `out/` that finished last."""
     runs = [path.parent.parent for path in RUNS.glob("*/final/provenance.yaml")]
     if not runs:
@@ -242,7 +242,7 @@ def _last_run() -> Path:
     return max(runs, key=lambda run: (run / "final" / "provenance.yaml").stat().st_mtime)
 
 
-def _inputs_of(run: Path) -> dict[str, Path]:
+def inputs_of(run: Path) -> dict[str, Path]:
     """The dense base, the result and the validation set of a run."""
     path = run / "hyperparameters.yaml"
     if not path.is_file():
@@ -250,7 +250,12 @@ def _inputs_of(run: Path) -> dict[str, Path]:
             f"{run} lacks {path.name}, so its base is not known: name --checkpoint_a, --checkpoint_b and --data"
         )
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return {"a": Path(settings["base"]), "b": run / "final", "data": Path(settings["data"]["val"])}
+    return {
+        "a": Path(settings["base"]),
+        "student": Path(settings["student"]),
+        "b": run / "final",
+        "data": Path(settings["data"]["val"]),
+    }
 
 
 def _weights(*directories: Path) -> list[Path]:
