@@ -252,7 +252,7 @@ def inputs_of(run: Path) -> dict[str, Path]:
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     return {
         "a": Path(settings["base"]),
-        "student": Path(settings["student"]),
+        "student": Path(settings.get("student", settings["base"])),
         "b": run / "final",
         "data": Path(settings["data"]["val"]),
     }

@@ -39,7 +39,7 @@ from litgpt.loaders import training_loader, validation_loaders
 from litgpt.losses import falling_weight
 from litgpt.memoryplan import Placement, device_memory, plan_memory
 from litgpt.mixture import MixtureLoader
-from litgpt.model import GPT
+from litgpt.model import GPT, LLaMAMoE
 from litgpt.onpolicy import OnPolicy, refuse_unfit
 from litgpt.recipe import (
     DataSettings,
@@ -56,6 +56,7 @@ from litgpt.recipe import (
     seconds_of,
 )
 from litgpt.report import write_report
+from litgpt.routing import Choices, routing_change
 from litgpt.samples import answer
 from litgpt.teacher import BaseTeacher, OnlineTeacher, TeacherView
 from litgpt.teachercache import open_teacher
@@ -208,6 +209,8 @@ class Trainer:
         self.skipped = 0
         self.before: dict[str, Any] | None = None
         self.spikes = SpikeWatch(settings.run.spike_factor)
+        self.first_choices: dict[int, Tensor] | None = None
+        self.router_norms: dict[int, float] = {}
         self.metrics = rundir.MetricsFile(settings.out_dir / rundir.METRICS_FILE)
         if checkpoint:
             self._restore(checkpoint)
@@ -497,6 +500,12 @@ class Trainer:
                 group = next((group for mark, group in _GROUPS.items() if mark in name), "others")
                 groups.setdefault(group, []).append(parameter.grad)
         norms = {f"grad_norm_{group}": float(strategy.norm(gradients)) for group, gradients in groups.items()}
+        if (self.step + 1) % self.settings.run.val_every == 0 or self.step + 1 == self.steps:
+            self.router_norms = {
+                layer: float(strategy.norm([block.mlp.gate.weight.grad]))
+                for layer, block in enumerate(self.distiller.student.transformer.h)
+                if isinstance(block.mlp, LLaMAMoE) and block.mlp.gate.weight.grad is not None
+            }
         total = math.hypot(*norms.values())
         if total > self.settings.optim.clip:
             for gradient in (gradient for gradients in groups.values() for gradient in gradients):
@@ -553,6 +562,7 @@ class Trainer:
             raise UserError(complaint) if self.fabric.is_global_zero else SystemExit(USER_ERROR_EXIT_CODE)
 
     def _validate(self) -> dict[str, Any]:
+        choices = Choices()
         scored = {
             name: evaluate(
                 self.distiller,
@@ -562,6 +572,7 @@ class Trainer:
                 reference=self.reference,
                 device=self.fabric.device,
                 autocast=self.fabric.autocast,
+                choices=choices if name == "val" else None,
             )
             for name, loader in self.val_loaders.items()
         }
@@ -572,6 +583,7 @@ class Trainer:
         flat = means | {f"cka_{layer}": value for layer, value in metrics["cka"].items() if value is not None}
         if metrics["expert_max_over_mean"]:
             flat["expert_max_over_mean"] = max(metrics["expert_max_over_mean"].values())
+            flat |= self._see_routing(metrics["router"], choices.result())
         self._log({f"val/{name}": value for name, value in flat.items()})
         with self.fabric.autocast():
             dialogues = [record for record in self.val_loaders["val"].records if record.messages]
@@ -581,6 +593,26 @@ class Trainer:
             rundir.append_jsonl(path, *({"step": self.step} | sample for sample in samples))
             tqdm.write(f"step {self.step}/{self.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in flat.items()))
         return {"step": self.step} | metrics | ({"more_val": scored} if scored else {})
+
+    def _see_routing(self, router: dict[str, dict[str, float]], choices: dict[int, Tensor]) -> dict[str, float]:
+        """Add to each layer what changed since step 0, write routing.jsonl, and give the means over layers."""
+        path = self.settings.out_dir / rundir.FIRST_CHOICES_FILE
+        if self.first_choices is None:
+            if self.step and path.is_file():
+                self.first_choices = torch.load(path, weights_only=True)
+            else:
+                self.first_choices = choices
+                self._first_alone(lambda: rundir.save_tensors(path, choices))
+        for layer, change in routing_change(self.first_choices, choices).items():
+            router[str(layer)] |= {"changed": change.any, "changed_top1": change.top1}
+            if layer in self.router_norms:
+                router[str(layer)]["grad_norm"] = self.router_norms[layer]
+        if self.fabric.is_global_zero:
+            layers = [{"layer": int(layer), **values} for layer, values in router.items()]
+            rundir.append_jsonl(self.settings.out_dir / rundir.ROUTING_FILE, {"step": self.step, "layers": layers})
+        shown = ("max_vio", "max_vio_batch", "entropy_of_mean", "z", "changed")
+        means = {f"router_{name}": sum(own[name] for own in router.values()) / len(router) for name in shown}
+        return means | {f"router_{name}": sum(own[name] for own in router.values()) for name in ("dead", "cold")}
 
     def _save(self) -> None:
         model, optimizer = strategy.full_states(self.distiller, self.optimizer)

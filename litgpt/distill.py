@@ -26,7 +26,7 @@ from litgpt.generate import generate_batch
 from litgpt.losses import DistillTerms, Divergence, Head, TeacherTargets, cka_loss, distill_terms
 from litgpt.model import GPT, Output
 from litgpt.recipe import LossSettings
-from litgpt.routing import RouterStats, balance_loss, expert_counts
+from litgpt.routing import Choices, RouterStats, balance_loss, expert_counts
 from litgpt.teacher import BaseTeacher, TeacherBatch, TeacherView
 from litgpt.trainable import Part, default_parts, learns
 from litgpt.utils import UserError
@@ -459,6 +459,7 @@ def evaluate(
     reference: Reference,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
+    choices: Choices | None = None,
 ) -> dict[str, Any]:
     """Score the student on held-out dialogues.
 
@@ -469,11 +470,12 @@ def evaluate(
         reference: the dense base.
         device: the student's.
         autocast: gives the precision context of training.
+        choices: takes up which experts the first tokens choose.
 
     Returns:
         plain numbers: `answer_ce` and `thought_ce` (nats a token), `kd_kl` (KL(teacher || student) at temperature 1,
         nats an answer token), the token counts behind them, and by layer `cka` (unbiased, exact over the set),
-        `expert_load` (each expert's share of the choices), `expert_max_over_mean` and `router_entropy` (see
+        `expert_load` (each expert's share of the choices), `expert_max_over_mean`, `router_entropy` and `router` (see
         `litgpt.routing.LayerStats`). What has no tokens is `None`.
     """
     student = distiller.student
@@ -501,6 +503,8 @@ def evaluate(
             streaming.update(output.hidden_states[layer][micro.cka_BT], reference_states[layer][micro.cka_BT])
         if output.routing:
             router.update(output.routing, micro.real_N)
+            if choices is not None:
+                choices.update(output.routing, micro.real_N)
     student.train()
     means = [float(s / n) if n else None for s, n in zip(sums, counts, strict=True)]
     layers = {str(layer.layer): layer for layer in router.results()}
@@ -515,4 +519,5 @@ def evaluate(
         "expert_load": {name: list(layer.share_E) for name, layer in layers.items()},
         "expert_max_over_mean": {name: layer.max_over_mean for name, layer in layers.items()},
         "router_entropy": {name: layer.entropy for name, layer in layers.items()},
+        "router": {name: layer.figures() for name, layer in layers.items()},
     }

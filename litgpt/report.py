@@ -25,6 +25,7 @@ from litgpt.report_text import (
     held_out_table,
     number,
     router_table,
+    routing_table,
     sources_table,
     table,
     training_table,
@@ -34,6 +35,11 @@ from litgpt.runfiles import DEAD_SHARE, SAMPLES_FILE, RunFiles, read_run
 from litgpt.utils import atomic_file
 
 SAMPLES_SHOWN = 10
+ROUTING_LEGEND = (
+    "MaxVio is the busiest expert's load over the mean, less 1; entropies are divided by log E; z is the mean squared "
+    "logsumexp of the router's logits; changed is the share of tokens that go to another set of experts than at "
+    "step 0. routing.jsonl has these for every validation, and more; scripts/inspect_routing.py shows who goes where."
+)
 
 
 def write_report(
@@ -111,7 +117,9 @@ def report_page(run: RunFiles, drawn: set[str]) -> str:
     parts += ["## Experts"]
     if before.get("expert_load") or after.get("expert_load"):
         least = f"{DEAD_SHARE:.0%}"
-        parts += [router_table(before, after), f"An expert with less than {least} of an equal share counts as dead."]
+        further = routing_table(before, after)
+        parts += [router_table(before, after), *([further, ROUTING_LEGEND] if further else [])]
+        parts += [f"An expert with less than {least} of an equal share counts as dead."]
     else:
         parts += ["Expert load by layer is written at the end of training; metrics.csv has the busiest expert only."]
     parts += _picture("router.png", "expert load and router entropy by layer, before and after", drawn)

@@ -136,6 +136,22 @@ def router_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     return table(head, rows, numbers_from=0)
 
 
+def routing_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """What the routers do by layer, before and after; `None` where it was not measured."""
+    layers = sorted(before.get("router") or after.get("router") or {}, key=int)
+    if not layers:
+        return None
+    names = {"max_vio": "MaxVio", "entropy_of_mean": "entropy of the mean", "z": "z", "changed": "changed"}
+    rows = []
+    for layer in layers:
+        cells = [layer]
+        for name in names:
+            cells += [number(((side.get("router") or {}).get(layer) or {}).get(name), 3) for side in (before, after)]
+        rows.append(cells)
+    head = ["layer", *(f"{name}, {side}" for name in names.values() for side in ("before", "after"))]
+    return table(head, rows, numbers_from=0)
+
+
 def exam_table(exams: Sequence[Exam]) -> str:
     """The checks over all splits, per cent with the 95 % interval, one column a model."""
     checks = list(dict.fromkeys(check for exam in exams for check in exam.values["scores"]["all"]))

@@ -102,6 +102,11 @@ class LayerStats(NamedTuple):
         """MaxVio, max/mean - 1 over all tokens (Wang et al. 2024, arXiv 2408.15664): 0 is balance."""
         return self.max_over_mean - 1
 
+    def figures(self) -> dict[str, float]:
+        """The numbers of a layer that are no tables, by name."""
+        names = ("max_vio", "max_vio_batch", "entropy", "entropy_of_mean", "cold", "top1_weight", "z")
+        return {name: getattr(self, name) for name in names} | {"dead": self.idle}
+
 
 class RouterStats:
     """Sums over forward passes; `sums_LX` [L, 2E + E² + 6] is the whole state and may be added up over ranks."""

@@ -44,8 +44,10 @@ KEPT_CHECKPOINTS = 2
 METRICS_FILE = "metrics.csv"
 SAMPLES_FILE = "samples.jsonl"
 EVENTS_FILE = "events.jsonl"
-_LOGS = (METRICS_FILE, SAMPLES_FILE, EVENTS_FILE)
-_OWN_ENTRIES = ("hyperparameters.yaml", *_LOGS, "tensorboard", "report", FINAL)
+ROUTING_FILE = "routing.jsonl"
+FIRST_CHOICES_FILE = "routing-first.pt"
+_LOGS = (METRICS_FILE, SAMPLES_FILE, EVENTS_FILE, ROUTING_FILE)
+_OWN_ENTRIES = ("hyperparameters.yaml", *_LOGS, FIRST_CHOICES_FILE, "tensorboard", "report", FINAL)
 # Before each save so much must be free beside the state itself: logs and the small files of `final/`.
 _SPARE_BYTES = 16 << 20
 
@@ -285,6 +287,12 @@ class MetricsFile:
         text = io.StringIO()
         csv.DictWriter(text, self.columns, lineterminator="\n").writerows(rows)
         return text.getvalue()
+
+
+def save_tensors(path: Path, tensors: Mapping[int, torch.Tensor]) -> None:
+    """Write tensors by number, all or nothing; `torch.load` reads them."""
+    with atomic_file(path) as temporary:
+        torch.save(dict(tensors), temporary)
 
 
 def append_jsonl(path: Path, *values: Mapping[str, Any]) -> None:
