@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from litgpt import finish, rundir, strategy
+from litgpt.balance import ChoiceBias, let_go
 from litgpt.checkpoint import load_model, read_provenance, require_lit_dir
 from litgpt.cka import MINIMUM_ROWS
 from litgpt.config import Config
@@ -255,6 +256,8 @@ class Trainer:
         student.activation_checkpointing = run.activation_checkpointing
         thought_ids = self.tokenizer.thought_ids
         self.distiller = Distiller(student, thought_ids, settings.loss, self.parts).train()
+        rate = settings.loss.bias_rate
+        self.choice_bias = ChoiceBias(student, rate) if rate > 0 and student.config.is_moe else None
         # In fp32 under the student's autocast: at step 0 the two are then equal to the last bit.
         base = load_model(settings.base, dtype=torch.float32, device=device)
         self.reference = Reference(base, student, thought_ids, self.distiller.layers)
@@ -373,8 +376,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             # torchao keeps its rate as a tensor, which compiled code reads.
             group["lr"] = group["lr"].fill_(learning_rate) if isinstance(group["lr"], Tensor) else learning_rate
+        router_weight = settings.loss.router_weight_at(self.step, self.steps)
+        bias_scale = let_go(self.step, self.steps, settings.loss.bias_fraction)
+        if self.choice_bias:
+            self.choice_bias.scale(bias_scale)
         if len(micros) * fabric.world_size > 1:
-            self._survey(micros, totals, cka_weight)
+            self._survey(micros, totals, cka_weight, router_weight)
 
         losses, parts, load_sums = [], [], []
         for number, micro in enumerate(micros, start=1):
@@ -382,7 +389,7 @@ class Trainer:
             # FSDP's gradients would pile up whole; it adds up its parts after every micro-batch.
             waits = number < len(micros) and settings.run.strategy != "fsdp"
             with fabric.no_backward_sync(self.module, enabled=waits):
-                loss, terms = self.module(micro, totals, cka_weight)
+                loss, terms = self.module(micro, totals, cka_weight, router_weight)
                 # Gradients are averaged over ranks, but the ranks' shares are to be added up.
                 fabric.backward(loss * fabric.world_size)
             losses.append(loss.detach())
@@ -399,6 +406,8 @@ class Trainer:
         if finite:
             self.optimizer.step()
             self.skipped = 0
+            if self.choice_bias and bias_scale == 1:
+                self.choice_bias.update(step_load_LE)
         else:
             self._skip_or_stop(local, micros)
         self.optimizer.zero_grad()
@@ -411,7 +420,10 @@ class Trainer:
             "kd": values[2],
             "cka": 1 - values[3] if cka_weight > 0 else math.nan,
             "balance": values[4],
+            "router_z": values[5],
             "cka_weight": cka_weight,
+            "router_weight": router_weight,
+            **({"choice_bias": float(self.choice_bias.bias_LE.abs().max()) * bias_scale} if self.choice_bias else {}),
             "lr": learning_rate,
             **norms,
             **_extremes(step_load_LE),
@@ -451,7 +463,7 @@ class Trainer:
             self.step, self.steps, start=loss.cka_weight, end=loss.cka_weight_end, fraction=loss.cka_fraction
         )
 
-    def _survey(self, micros: list[MicroBatch], totals: Totals, cka_weight: float) -> None:
+    def _survey(self, micros: list[MicroBatch], totals: Totals, cka_weight: float, router_weight: float) -> None:
         """What must be known of the whole step before its first backward: the experts' loads, and CKA's moments.
 
         Both terms are no sums over tokens: the balance loss multiplies each expert's share of the step with its
@@ -459,7 +471,7 @@ class Trainer:
         more, without gradient. Nothing is kept but sums, however many micro-batches there are.
         """
         with_cka = cka_weight > 0 and totals.cka >= MINIMUM_ROWS
-        if not with_cka and self.settings.loss.router_weight == 0:
+        if not with_cka and router_weight == 0:
             return
         step_cka = StepCka(self._sum_over_ranks) if with_cka else None
         loads = []
@@ -625,6 +637,7 @@ class Trainer:
             "schedule": {"lr": lr_at(self.step, self.steps, self.settings.optim), "cka_weight": self._cka_weight()},
             "spikes": self.spikes.state_dict(),
             "skipped": self.skipped,
+            "choice_bias": self.choice_bias.bias_LE.cpu() if self.choice_bias else None,
             "model": model,
             "optimizer": optimizer,
             "loader": self.loader.state_dict(),
@@ -641,10 +654,14 @@ class Trainer:
         self.loader.load_state_dict(loader)
         self.step, self.seconds, self.before = state["step"], state["seconds"], state["before"]
         self.skipped = state["skipped"]
+        if self.choice_bias:
+            self.choice_bias.bias_LE.copy_(state["choice_bias"])
         self.spikes.load_state_dict(state["spikes"])
         rundir.set_rng_state(state["rng"])
 
     def _finish(self) -> None:
+        if self.choice_bias:
+            self.choice_bias.remove()
         finish.round_to_stored(self.distiller, self.settings.student)
         report = {
             "before": self.before,

@@ -1,6 +1,6 @@
 """One step of distillation: which parameters learn, what a micro-batch needs, its loss, and the validation.
 
-    loss = task_weight · CE + kd_weight · KD + cka_weight(t) · (1 - CKA) + router_weight · balance
+    loss = task_weight · CE + kd_weight · KD + cka_weight(t) · (1 - CKA) + router_weight(t) · balance + z_weight · z
 
 CE is scored on thought and answer, KD on the answer alone, CKA against the dense base on the spans chosen. Each term is
 divided by its own count over the whole optimizer step, all micro-batches of all ranks (`Totals`), so that cutting the
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from litgpt.balance import balance_loss, z_loss
 from litgpt.chat import Span
 from litgpt.cka import MINIMUM_ROWS, StreamingCKA, cka_share, select_rows
 from litgpt.data import Batch
@@ -26,7 +27,7 @@ from litgpt.generate import generate_batch
 from litgpt.losses import DistillTerms, Divergence, Head, TeacherTargets, cka_loss, distill_terms
 from litgpt.model import GPT, Output
 from litgpt.recipe import LossSettings
-from litgpt.routing import Choices, RouterStats, balance_loss, expert_counts
+from litgpt.routing import Choices, RouterStats, expert_counts
 from litgpt.teacher import BaseTeacher, TeacherBatch, TeacherView
 from litgpt.trainable import Part, default_parts, learns
 from litgpt.utils import UserError
@@ -284,7 +285,7 @@ class StepTerms:
     """The parts of one micro-batch's loss, each already divided by the step's totals; detached.
 
     Attributes:
-        terms: fp64 [4]: ce, kd, 1 - cka and balance, unweighted; over all micro-batches they add up to the step's.
+        terms: fp64 [5]: ce, kd, 1 - cka, balance and z, unweighted; over all micro-batches they add up to the step's.
         load_LE: fp64: how many tokens each layer gave to each expert.
     """
 
@@ -318,7 +319,9 @@ class Distiller(nn.Module):
         self.settings = settings
         self.layers = cka_layers(student.config.n_layer, settings.cka_every)
 
-    def forward(self, micro: MicroBatch, totals: Totals, cka_weight: float) -> tuple[Tensor, StepTerms]:
+    def forward(
+        self, micro: MicroBatch, totals: Totals, cka_weight: float, router_weight: float | None = None
+    ) -> tuple[Tensor, StepTerms]:
         """This micro-batch's share of the step's loss.
 
         Args:
@@ -326,6 +329,7 @@ class Distiller(nn.Module):
                 the CKA of the whole step where it is not all of it.
             totals: of the whole step.
             cka_weight: weight of 1 - CKA at this step.
+            router_weight: of the balance loss at this step; `None`: at the first.
 
         Returns:
             a scalar whose sum over the step's micro-batches is the step's loss, and its parts.
@@ -346,14 +350,18 @@ class Distiller(nn.Module):
             cka = of_micro(output.hidden_states, micro.reference, micro.cka_BT).to(ce.dtype)
         own_LE = expert_counts(output.routing, micro.real_N)
         load_LE = own_LE if micro.load_LE is None else micro.load_LE
-        balance = ce.new_zeros(())
+        balance = z = ce.new_zeros(())
+        router_weight = weights.router_weight if router_weight is None else router_weight
         if output.routing:
+            # Without a weight it is measured alone.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and weights.z_weight > 0):
+                z = z_loss(output.routing, micro.real_N, tokens=totals.tokens)
             balance = balance_loss(output.routing, micro.real_N, load_LE=load_LE, tokens=totals.tokens)
-        loss = terms.loss + cka_weight * cka + weights.router_weight * balance
+        loss = terms.loss + cka_weight * cka + router_weight * balance + weights.z_weight * z
         if micro.counts.tokens == 0:
             # A rank whose rows are all padding still has to answer for every parameter, or DDP waits for ever.
             loss = loss + 0.0 * output.hidden.sum() + sum(0.0 * p.sum() for p in self.rows_parameters())
-        return loss, StepTerms(torch.stack((ce, kd, cka, balance)).detach().double(), own_LE)
+        return loss, StepTerms(torch.stack((ce, kd, cka, balance, z)).detach().double(), own_LE)
 
     def rows_parameters(self) -> list[nn.Parameter]:
         """The parameters of `ThoughtRows`, none if there are no thought tokens."""

@@ -94,7 +94,7 @@ def first_step(settings: Settings, loader: Loader, tokenizer: Tokenizer, teacher
     optimizer.step()
     return FirstStep(
         loss=float(loss.detach()),
-        terms=dict(zip(("CE", "KD", "1 - CKA", "balance"), terms.terms.tolist(), strict=True)),
+        terms=dict(zip(("CE", "KD", "1 - CKA", "balance", "z"), terms.terms.tolist(), strict=True)),
         tokens=int(micro.counts.tokens),
         cka_rows=int(micro.counts.cka),
         trained=list(trained),

@@ -321,6 +321,8 @@ class LLaMAMoE(nn.Module):
         super().__init__()
         self.n_expert_per_token = config.n_expert_per_token
         self.gate = nn.Linear(config.n_embd, config.n_expert, bias=False)
+        self.choice_bias_E: Tensor | None
+        self.register_buffer("choice_bias_E", None, persistent=False)  # see litgpt.balance.ChoiceBias
         self.experts = Experts(config)
         if config.n_shared_expert:
             self.shared_experts = LLaMAMLP(config, config.n_shared_expert * config.expert_size)
@@ -338,7 +340,15 @@ class LLaMAMoE(nn.Module):
         dtype = torch.promote_types(x_ND.dtype, torch.float32)
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = F.linear(x_ND.to(dtype), self.gate.weight.to(dtype))
-            weights_NK, expert_ids_NK = logits_NE.softmax(dim=-1).topk(self.n_expert_per_token, dim=-1)
+            probabilities_NE = logits_NE.softmax(dim=-1)
+            if self.choice_bias_E is None:
+                weights_NK, expert_ids_NK = probabilities_NE.topk(self.n_expert_per_token, dim=-1)
+            else:
+                _, chosen_NK = (probabilities_NE.detach() + self.choice_bias_E.to(probabilities_NE)).topk(
+                    self.n_expert_per_token, dim=-1
+                )
+                weights_NK, order_NK = probabilities_NE.gather(1, chosen_NK).sort(dim=-1, descending=True)
+                expert_ids_NK = chosen_NK.gather(1, order_NK)
             weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
         return Routing(expert_ids_NK, weights_NK, logits_NE)
 

@@ -84,23 +84,46 @@ class LossSettings:
     on_policy_temperature: float = 1.0
     """Temperature of these draws."""
     router_weight: float = 0.01
-    """Weight of the router's balance loss (1 when all experts get equal shares)."""
+    """Weight of the router's balance loss (1 when all experts get equal shares) at the first step."""
+    router_weight_end: float | None = None
+    """The same from router_fraction of training on; as at the first step, if not given."""
+    router_fraction: float = 1.0
+    """Share of training over which the weight moves, linearly."""
+    z_weight: float = 0.0
+    """Weight of the mean squared logsumexp of the router's logits; 0.001 is usual."""
+    bias_rate: float = 0.0
+    """Step of a bias that balances the choice of experts without a loss; 0 is none, 0.001 to 0.01 are usual. No export
+    holds it, so it is let go before the end."""
+    bias_fraction: float = 0.8
+    """Share of training after which that bias falls to 0, linearly."""
     chunk_rows: int = 256
     """Tokens whose logits exist at one time; memory only."""
 
     def __post_init__(self) -> None:
-        for name in ("task_weight", "thought_weight", "kd_weight", "cka_weight", "cka_weight_end", "router_weight"):
+        weights = ("task_weight", "thought_weight", "kd_weight", "cka_weight", "cka_weight_end", "router_weight")
+        for name in (*weights, "z_weight", "bias_rate"):
             if getattr(self, name) < 0:
                 raise UserError(f"loss.{name} is {getattr(self, name)}: expected 0 or more")
         if self.temperature <= 0 or self.cka_every < 1 or self.chunk_rows < 1 or not 0 <= self.cka_fraction <= 1:
             raise UserError(
                 "loss: expected temperature > 0, cka_every and chunk_rows of at least 1, and cka_fraction in 0 ... 1"
             )
+        if (self.router_weight_end or 0) < 0 or not 0 <= self.router_fraction <= 1 or not 0 <= self.bias_fraction < 1:
+            raise UserError(
+                "loss: expected router_weight_end of 0 or more, router_fraction in 0 ... 1 and bias_fraction from 0 "
+                "to below 1"
+            )
         if not 0 <= self.on_policy <= 1 or not 0.01 <= self.on_policy_temperature <= 100:
             raise UserError("loss: expected on_policy in 0 ... 1 and on_policy_temperature in 0.01 ... 100")
         if self.on_policy > 0 and self.kd_weight == 0:
             raise UserError("loss.on_policy: there is no teacher to score the student's replies with kd_weight 0")
         self.divergence()
+
+    def router_weight_at(self, step: int, steps: int) -> float:
+        """Weight of the balance loss at an optimizer step, from 0."""
+        end = self.router_weight if self.router_weight_end is None else self.router_weight_end
+        span = self.router_fraction * steps
+        return end if step >= span else self.router_weight + (end - self.router_weight) * step / span
 
     def divergence(self) -> Divergence:
         """How student and teacher are compared."""

@@ -1,4 +1,4 @@
-"""Where the router sends its tokens: how often each expert was chosen, the loss that keeps them balanced, statistics.
+"""Where the router sends its tokens: how often each expert was chosen, statistics, what changed since another moment.
 
 Everything is per layer, in fp32 or wider, without padding, and without waiting for the device. One layer's crowding
 never cancels against another's, as it does in a loss over all layers at once.
@@ -36,36 +36,6 @@ def expert_counts(routing: Mapping[int, Routing], keep_N: Tensor) -> Tensor:
     n_expert = next(iter(routing.values())).logits_NE.size(-1)
     counts_LE = torch.zeros(len(routing), n_expert, dtype=torch.float64, device=ids_LNK.device)
     return counts_LE.scatter_add_(1, ids_LNK.flatten(1), kept_LNK.flatten(1))
-
-
-def balance_loss(
-    routing: Mapping[int, Routing], keep_N: Tensor, *, load_LE: Tensor | None = None, tokens: float | None = None
-) -> Tensor:
-    """E · Σₑ fₑ Pₑ, averaged over layers: fₑ is expert e's share of the choices, Pₑ its mean probability.
-
-    1 if all experts are chosen equally often, E if all tokens go to one expert. (transformers' loss is K times this.)
-    Only P has a gradient. To balance a whole optimizer step rather than every micro-batch of it, which leaves experts
-    room to specialise, hand in the step's load and token count: the losses of its micro-batches then add up to the
-    step's loss exactly.
-
-    Args:
-        routing: of this micro-batch, with gradients.
-        keep_N: bool, False for padding.
-        load_LE: `expert_counts` of the whole step, over all micro-batches and ranks; `None`: of this micro-batch.
-        tokens: kept tokens of the whole step; `None`: of this micro-batch.
-
-    Returns:
-        scalar fp32; 0 where nothing is kept.
-
-    Source: Fedus et al. 2022 (arXiv 2101.03961), eq. 4; the load of a whole step: Qiu et al. 2025 (arXiv 2501.11873).
-    """
-    if load_LE is None:
-        load_LE = expert_counts(routing, keep_N)
-    n_tokens = keep_N.sum().clamp(min=1) if tokens is None else max(tokens, 1.0)
-    logits_LNE = torch.stack([routed.logits_NE for routed in routing.values()])
-    probability_LE = (logits_LNE.softmax(-1) * keep_N[:, None]).sum(1) / n_tokens
-    share_LE = (load_LE / load_LE.sum(1, keepdim=True).clamp(min=1)).to(probability_LE.dtype)
-    return share_LE.size(1) * (share_LE * probability_LE).sum(1).mean()
 
 
 COLD_SHARE = 0.1

@@ -41,6 +41,8 @@ def flags(world: World, out_dir: Path, **changes: Any) -> list[str]:
         "data.max_seq_length": 320,
         "data.micro_batch_size": 1,
         "loss.cka_every": 1,
+        "loss.z_weight": 0.01,
+        "loss.bias_rate": 0.01,
         "optim.steps": 6,
         "optim.accumulation": 2,
         "optim.lr": 0.01,

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+from litgpt.balance import balance_loss
 from litgpt.model import Routing
-from litgpt.routing import RouterStats, balance_loss, expert_counts
+from litgpt.routing import RouterStats, expert_counts
 
 
 def routing_of(logits_LNE: Tensor, k: int = 2) -> dict[int, Routing]:

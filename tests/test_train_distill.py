@@ -27,6 +27,7 @@ from torch import Tensor
 import litgpt.distill
 import train_distill
 from litgpt import rundir
+from litgpt.balance import balance_loss
 from litgpt.chat import render
 from litgpt.checkpoint import load_model, load_state, read_provenance, save_lit_dir
 from litgpt.config import Config
@@ -35,7 +36,6 @@ from litgpt.finish import compare_frozen
 from litgpt.generate import generate
 from litgpt.guards import SpikeWatch
 from litgpt.recipe import DataSettings, LossSettings, OptimSettings, RunSettings, Settings, lr_at, seconds_of
-from litgpt.routing import balance_loss
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError, run_cli
 from tests.world import World, make_world
@@ -60,6 +60,9 @@ def flags(world: World, out_dir: Path, **changes: Any) -> list[str]:
         "data.max_seq_length": 320,
         "data.micro_batch_size": 1,
         "loss.cka_every": 1,
+        "loss.z_weight": 0.001,
+        "loss.bias_rate": 0.01,
+        "loss.router_weight_end": 0.001,
         "optim.steps": STEPS,
         "optim.accumulation": 2,
         "optim.lr": 0.01,
@@ -101,6 +104,7 @@ def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_everything_the_next_rooms_need(world: World, finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
         *("hyperparameters.yaml", "metrics.csv", "samples.jsonl", "tensorboard", "report", "final"),
+        *("routing.jsonl", "routing-first.pt"),
         *(f"step-{step:06d}" for step in (STEPS - 2, STEPS - 1)),
     }
     report = json.loads((finished / "report" / "metrics.json").read_text(encoding="utf-8"))
@@ -108,6 +112,11 @@ def test_a_run_leaves_everything_the_next_rooms_need(world: World, finished: Pat
     assert report["after"]["answer_ce"] < report["before"]["answer_ce"]
     assert all(value == pytest.approx(1, abs=1e-6) for value in report["before"]["cka"].values())
     assert set(report["after"]["expert_load"]) == {"0", "1"}
+    seen = [json.loads(line) for line in (finished / "routing.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in seen] == [0, 3, STEPS]
+    assert all(layer["changed"] == 0 and "grad_norm" not in layer for layer in seen[0]["layers"])
+    assert all(layer["grad_norm"] > 0 and 0 <= layer["changed"] <= 1 for layer in seen[-1]["layers"])
+    assert seen[-1]["layers"][1]["z"] == report["after"]["router"]["1"]["z"]
     steps = [int(line["step"]) for line in lines(finished)]
     assert steps == [0, 1, 2, 3, 3, 4, 5, 6, 6]
     settings = yaml.safe_load((finished / "hyperparameters.yaml").read_text(encoding="utf-8"))
@@ -384,9 +393,9 @@ def poison(trainer: Trainer, steps: Sequence[int]) -> None:
     """Make the loss NaN in the first micro-batch of these steps (from 0)."""
     forward, calls = trainer.distiller.forward, itertools.count()
 
-    def poisoned(micro: Any, totals: Any, cka_weight: float) -> Any:
+    def poisoned(micro: Any, totals: Any, cka_weight: float, router_weight: float | None = None) -> Any:
         step, number = divmod(next(calls), trainer.settings.optim.accumulation)
-        loss, terms = forward(micro, totals, cka_weight)
+        loss, terms = forward(micro, totals, cka_weight, router_weight)
         return (loss * math.nan if step in steps and number == 0 else loss), terms
 
     trainer.distiller.forward = poisoned  # type: ignore[method-assign]
