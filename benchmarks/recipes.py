@@ -115,14 +115,14 @@ def benchmark(
         write(page, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, val_dialogues: int = VAL_DIALOGUES) -> None:
     """Lit directories of the shipped base and teacher, and a part of the validation dialogues."""
     for name in ("base", "teacher"):
         if not (folder / name / "model_config.yaml").is_file():
             shutil.rmtree(folder / name, ignore_errors=True)
             shutil.copytree(ROOT / "data" / "tiny" / name, folder / name)
             command("scripts/convert_hf_checkpoint.py", "--checkpoint_dir", folder / name)
-    lines = (ROOT / "data" / "dialogues" / "val.jsonl").read_text(encoding="utf-8").splitlines()[:VAL_DIALOGUES]
+    lines = (ROOT / "data" / "dialogues" / "val.jsonl").read_text(encoding="utf-8").splitlines()[:val_dialogues]
     write(folder / "val.jsonl", "\n".join(lines))
 
 
