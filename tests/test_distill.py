@@ -51,7 +51,7 @@ class Step:
         self.totals = Totals(*torch.stack([micro.counts.as_tensor() for micro in self.micros]).sum(0).tolist())
 
     def backward(self, cka_weight: float = 0.0) -> Tensor:
-        """Sum of the terms [ce, kd, cka, balance] over the micro-batches, with gradients in the parameters."""
+        """Sum of the terms [ce, kd, cka, balance, z] over the micro-batches, with gradients in the parameters."""
         several = len(self.micros) > 1
         step_cka = StepCka(lambda tensor: tensor)
         loads = []
@@ -60,7 +60,7 @@ class Step:
             step_cka.update(states, self.reference.hidden_states(micro.batch), micro.cka_BT)
             loads.append(load_LE)
         step_cka.finish()
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(5, dtype=torch.float64)
         for micro in self.micros:
             micro.teachers = [self.teacher.targets(micro.teacher_batches[0], micro.targets_N.numel())]
             if cka_weight:
