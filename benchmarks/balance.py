@@ -52,7 +52,7 @@ STARTS = ("upcycled", "collapsed")
 def benchmark(
     work_dir: Path = Path("out/balance"),
     seeds: list[int] | None = None,
-    steps: int = 80,
+    steps: int = 60,
     page: Path | None = None,
 ) -> None:
     """Train with each means from each start and print what the load and the answers did.
@@ -93,7 +93,7 @@ def one(folder: Path, start: str, means: str, seed: int, steps: int) -> dict[str
         words: list[str | Path] = ["--config", "configs/tiny/distill.yaml", "--overwrite", "true", "--seed", str(seed)]
         words += ["--student", student, "--teacher", folder / "teacher", "--base", folder / "base", "--out_dir", run]
         words += ["--data.val", folder / "val.jsonl", "--optim.steps", str(steps), "--run.samples", "0"]
-        words += ["--run.val_every", str(max(1, steps // 8))]
+        words += ["--run.val_every", str(max(1, steps // 4))]
         for name, value in MEANS[means].items():
             words += [f"--loss.{name}", str(value)]
         command("train_distill.py", *words)

@@ -38,7 +38,7 @@ from litgpt.utils import UserError, atomic_file, progress, run_cli
 ROOT = Path(__file__).resolve().parents[1]
 N_EXPERT, N_EXPERT_PER_TOKEN = 4, 2
 VAL_DIALOGUES = 120
-EXAM_QUESTIONS = 20
+EXAM_QUESTIONS = 15
 """Of each test split."""
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t for a two-sided 95 % interval, by the number of seeds."""
@@ -89,7 +89,7 @@ def benchmark(
         seeds: of experts, routers and the order of the data; 1, 2 and 3 if not given.
         arms: some of the students only; all, if not given.
         steps: optimizer steps of each run.
-        exam: put 20 questions of each test split to each student of the first seed.
+        exam: put 15 questions of each test split to each student of the first seed.
         page: a markdown file whose part between the marks becomes the result; the picture goes beside it.
     """
     seeds = seeds or [1, 2, 3]

@@ -46,6 +46,8 @@ def block_activations(config: Config, rows: int, length: int, *, amp: bool, on_g
     kept += N * config.n_expert * FP32 + N * FP32 + M * (8 + 2 * FP32)  # probabilities, their sum, choices and weights
     kept += 2 * M * 8 + config.n_expert * 4  # where each copy of a token went
     kept += M * (2 * config.n_embd + 4 * config.expert_size) * width
+    # A frozen shared expert: what silu and the product read, and the sum of both outputs keeps nothing.
+    kept += 3 * N * (config.n_shared_expert or 0) * config.expert_size * width
     return kept
 
 

@@ -151,17 +151,19 @@ def _forward(config: Config, tokens: float, logits: float, keys: float) -> float
 
 
 def _trained_products(config: Config) -> int:
-    """Weights of the MLPs that one token meets: the router and K experts, or the dense MLP."""
+    """Weights that learn and that one token meets: the routers and K experts, or the dense MLPs of a dense model."""
     if not config.is_moe:
         return config.n_layer * 3 * config.n_embd * config.intermediate_size
     experts = config.n_expert_per_token * 3 * config.n_embd * config.expert_size
-    return config.n_layer * (config.n_embd * config.n_expert + experts)
+    return len(config.moe_layers) * (config.n_embd * config.n_expert + experts)
 
 
 def _frozen_products(config: Config) -> int:
-    """Weights of the attention's projections."""
+    """Weights of the attention's projections, and in a MoE of dense layers' MLPs and of shared experts."""
     heads = (2 * config.n_head + 2 * config.n_query_groups) * config.head_size
-    return config.n_layer * config.n_embd * heads
+    dense = len(config.dense_layers) * config.intermediate_size
+    shared = len(config.moe_layers) * (config.n_shared_expert or 0) * config.expert_size
+    return config.n_embd * (config.n_layer * heads + 3 * (dense + shared))
 
 
 def _attention(config: Config, keys: float) -> float:

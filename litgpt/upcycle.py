@@ -172,8 +172,7 @@ def upcycle(
     check_free_disk(target, needed + sum(file.stat().st_size for file in dense.directory.glob("*.json")))
     routers: dict[int, Tensor] = {}
     if config.is_moe:
-        rows = n_expert if recipe.granularity > 1 else config.n_expert
-        drawn = router_weights(router, dense, tokenizer, n_expert=rows, layers=where, seed=seed)
+        drawn = router_weights(router, dense, tokenizer, n_expert=n_expert, layers=where, seed=seed)
         routers = {layer: rows_ED.repeat_interleave(recipe.granularity, dim=0) for layer, rows_ED in drawn.items()}
 
     with full_disk_is_users_error(target), atomic_dir(target, replace=True) as temporary, ThreadPoolExecutor(1) as pool:
