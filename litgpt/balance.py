@@ -111,7 +111,7 @@ class ChoiceBias:
 def let_go(step: int, total_steps: int, fraction: float) -> float:
     """How much of the bias is in force at a step (from 0): all, and from `fraction` of training on less, linearly.
 
-    0 would be reached at step `total_steps`, which is none.
+    At the last step it is none, so that what is left was trained as it will be used.
     """
-    begin = fraction * total_steps
-    return 1.0 if step < begin else (total_steps - step) / max(total_steps - begin, 1e-9)
+    begin, last = fraction * total_steps, total_steps - 1
+    return 1.0 if step < begin else (last - step) / max(last - begin, 1e-9)

@@ -113,8 +113,8 @@ class TestChoiceBias:
         assert moe.gate.weight.grad is not None and bool(moe.gate.weight.grad.any())
 
     def test_letting_go(self) -> None:
-        assert [let_go(step, 10, 0.5) for step in (0, 4, 5, 9, 10)] == [1.0, 1.0, 1.0, 0.2, 0.0]
-        assert let_go(9, 10, 0.0) == pytest.approx(0.1)
+        assert [let_go(step, 11, 0.5) for step in (0, 5, 8, 10)] == pytest.approx([1.0, 1.0, 2 / 4.5, 0.0])
+        assert let_go(0, 1, 0.0) == let_go(9, 10, 0.0) == 0.0
 
 
 class TestZ:
