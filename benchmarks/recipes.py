@@ -270,7 +270,7 @@ def exam_table(exams: Mapping[str, Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(name for scores in exams.values() for name in scores))
     lines = [f"| student | {' | '.join(name.replace('_', ' ') for name in names)} |", "|---" * (len(names) + 1) + "|"]
     for arm, scores in exams.items():
-        cells = [f"{100 * s['value']:.1f} (n {s['n']})" if (s := scores.get(name)) else "–" for name in names]
+        cells = [f"{100 * s['value']:.1f} (n {s['count']})" if (s := scores.get(name)) else "–" for name in names]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(["Exam of the first seed's students, per cent:", "", *lines])
 
