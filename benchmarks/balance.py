@@ -133,11 +133,11 @@ def collapse(folder: Path, source: Path, target: Path) -> None:
 
 
 def final(result: Mapping[str, Any]) -> dict[str, float]:
-    """Means over layers at the end of a run, with its answer CE; dead experts are added up."""
+    """Means over layers at the end of a run, with its answer CE; cold experts are added up."""
     layers = result["routing"][-1]["layers"]
     names = ("max_vio", "entropy_of_mean", "z")
     means = {name: statistics.mean(layer[name] for layer in layers) for name in names}
-    return means | {"dead": sum(layer["dead"] for layer in layers), "answer_ce": result["answer_ce"]["after"]}
+    return means | {"cold": sum(layer["cold"] for layer in layers), "answer_ce": result["answer_ce"]["after"]}
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, Any]]], seeds: int, steps: int) -> str:
@@ -145,14 +145,14 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]], seeds: int, steps:
     lines = [
         f"{seeds} seeds, {steps} steps; at the end, mean over the seeds (least to most).",
         "",
-        "| start, means | MaxVio | dead experts, all layers | entropy of the mean | z | answer CE | MaxVio at first |",
+        "| start, means | MaxVio | cold experts of all layers | entropy of the mean | z | answer CE | MaxVio at first |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, found in results.items():
         ends = [final(result) for result in found]
         first = statistics.mean(layer["max_vio"] for result in found for layer in result["routing"][0]["layers"])
         cells = []
-        for key, digits in (("max_vio", 2), ("dead", 1), ("entropy_of_mean", 3), ("z", 2), ("answer_ce", 4)):
+        for key, digits in (("max_vio", 2), ("cold", 1), ("entropy_of_mean", 3), ("z", 2), ("answer_ce", 4)):
             values = [end[key] for end in ends]
             spread = f"({min(values):.{digits}f} to {max(values):.{digits}f})"
             cells.append(f"{statistics.mean(values):.{digits}f} {spread}")
