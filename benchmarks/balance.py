@@ -145,7 +145,7 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]], seeds: int, steps:
     lines = [
         f"{seeds} seeds, {steps} steps; at the end, mean over the seeds (least to most).",
         "",
-        "| start, means | MaxVio | cold experts of all layers | entropy of the mean | z | answer CE | MaxVio at first |",
+        "| start, means | MaxVio | cold experts of all layers | entropy of mean | z | answer CE | MaxVio at first |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, found in results.items():

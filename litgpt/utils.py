@@ -26,7 +26,6 @@ __all__ = [
     "UserError",
     "atomic_dir",
     "atomic_file",
-    "keep_freed_memory",
     "linear_cka",
     "parse_device",
     "parse_dtype",
@@ -205,20 +204,6 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed (up to 256 MB) for what is allocated next; elsewhere nothing happens.
-
-    Whoever allocates and frees megabytes for each tensor of a checkpoint otherwise spends a third of the time on fresh
-    pages, in a virtual machine whose host hands these out one by one.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        m_arena_max, m_mmap_threshold, m_trim_threshold = -8, -3, -1  # malloc.h
-        libc.mallopt(m_arena_max, 1)
-        libc.mallopt(m_mmap_threshold, 64 << 20)
-        libc.mallopt(m_trim_threshold, 256 << 20)
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

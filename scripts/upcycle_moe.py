@@ -13,7 +13,7 @@ from litgpt.recipes import recipe_of
 from litgpt.routers import RouterStart
 from litgpt.upcycle import Format, ProofDtype, Report, upcycle, verify
 from litgpt.upcycle_report import REPORT_DIR
-from litgpt.utils import UserError, keep_freed_memory, run_cli
+from litgpt.utils import UserError, run_cli
 
 
 def upcycle_moe(
@@ -127,5 +127,4 @@ def summary(made: Report, seconds: float, *, verb: str) -> str:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     run_cli(upcycle_moe)
