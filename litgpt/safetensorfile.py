@@ -71,8 +71,8 @@ class HFReader:
                 f"{self.directory / listed[absent[0]]} lacks {absent[0]}, which {HF_INDEX} lists; download it again"
             )
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start:stop` of a tensor with its leading dimensions flattened, in memory of their own.
+    def read_rows(self, name: str, start: int, stop: int, *, into: Tensor | None = None) -> Tensor:
+        """Rows `start:stop` of a tensor with its leading dimensions flattened, in memory of their own or in `into`.
 
         Raises:
             KeyError: no such tensor.
@@ -82,7 +82,8 @@ class HFReader:
         path, offset = self._places[name]
         row = spec.shape[-1:] if len(spec.shape) > 1 else ()
         row_bytes = math.prod(row) * spec.dtype.itemsize
-        data = read_bytes(path, name, offset + start * row_bytes, (stop - start) * row_bytes, once=self.once)
+        first, count = offset + start * row_bytes, (stop - start) * row_bytes
+        data = read_bytes(path, name, first, count, once=self.once, into=into)
         return data.view(spec.dtype).reshape(stop - start, *row)
 
 

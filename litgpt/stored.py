@@ -34,9 +34,9 @@ from litgpt.config import Config
 from litgpt.keymap import DERIVED_HF_BUFFERS, HF_EMBED, HF_HEAD, LIT_EMBED, LIT_HEAD, BlockId, flat_rows, layout
 from litgpt.model import Block, LLaMAMoE, RMSNorm
 from litgpt.safetensorfile import HFReader
-from litgpt.tensorfile import LitReader, row_count
+from litgpt.tensorfile import LitReader, page_memory, row_count
 
-AHEAD_BYTES = 64 << 20
+AHEAD_BYTES = 32 << 20
 """A thread reads so far ahead of what is computed (and one piece at least)."""
 
 EMBED, HEAD, NORM = BlockId("embed"), BlockId("head"), BlockId("norm_f")
@@ -124,8 +124,8 @@ class Stored:
         spec = self.reader.specs[place.tensor]
         return (place.stop - place.start) * spec.nbytes // max(1, row_count(spec.shape))
 
-    def read(self, block: BlockId, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows `start:stop` of a block (all of them by default), as stored, in memory of their own.
+    def read(self, block: BlockId, start: int = 0, stop: int | None = None, *, into: Tensor | None = None) -> Tensor:
+        """Rows `start:stop` of a block (all of them by default), as stored, in memory of their own or in `into`.
 
         Raises:
             KeyError: no such block.
@@ -133,7 +133,7 @@ class Stored:
         """
         place = self.place(block)
         end = place.stop if stop is None else place.start + stop
-        return self.reader.read_rows(place.tensor, place.start + start, end)
+        return self.reader.read_rows(place.tensor, place.start + start, end, into=into)
 
 
 class _Stacks:
@@ -146,6 +146,10 @@ class _Stacks:
         self.apart: set[str] = set()
         """Names of the stacked parameters whose experts differ."""
         self._first: dict[str, Tensor] = {}
+
+    def keeps(self, values: Tensor) -> bool:
+        """Whether these are the values that others are still compared with."""
+        return any(values is kept for kept in self._first.values())
 
     def has(self, name: str, piece: BlockId, values: Tensor, memory: dict[str, Tensor]) -> bool:
         """Whether an expert's piece equals the first expert's, so that it need not be copied (yet)."""
@@ -172,22 +176,32 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return same_words and np.array_equal(a_bytes[whole:], b_bytes[whole:])
 
 
+class _Coming(NamedTuple):
+    """A piece that a thread reads."""
+
+    same: list[BlockId]
+    values: Future[Tensor]
+    memory: Tensor
+
+
 class Streamed:
     """A stored model that runs in some arithmetic with one transformer block in memory.
 
     Args:
         stored: the model.
         dtype: of the arithmetic; the stored weights are cast to it.
+        ahead_bytes: a thread reads so far ahead of what is computed.
     """
 
-    def __init__(self, stored: Stored, dtype: torch.dtype) -> None:
-        self.stored, self.config, self.dtype = stored, stored.config, dtype
+    def __init__(self, stored: Stored, dtype: torch.dtype, ahead_bytes: int = AHEAD_BYTES) -> None:
+        self.stored, self.config, self.dtype, self._ahead_bytes = stored, stored.config, dtype, ahead_bytes
         self._in_memory = layout(self.config, "memory")
         self._blocks: dict[bool, Block] = {}
         self._pool = ThreadPoolExecutor(1)
-        self._ahead: deque[tuple[list[BlockId], int, Future[Tensor]]] = deque()
+        self._ahead: deque[_Coming] = deque()
         self._coming: Iterator[list[BlockId]] = iter(())
         self._next = -1
+        self._free: dict[int, list[Tensor]] = {}
         self._memory: dict[bool, dict[str, Tensor]] = {}
 
     def block(self, layer: int, see: Callable[[Tensor, list[BlockId]], None] | None = None) -> Block:
@@ -196,10 +210,10 @@ class Streamed:
         Args:
             layer: its number.
             see: is shown each stored piece once, as stored, with all the blocks that it is (equal experts of a lit
-                directory are one piece).
+                directory are one piece). Experts are lent: their memory is used again.
         """
         block, stacks = self._empty(layer), _Stacks()
-        for same, values in self._read(layer):
+        for same, values, lent in self._read(layer):
             for piece in same:
                 place = self._in_memory.rows[piece]
                 name = place.tensor.removeprefix(f"transformer.h.{layer}.")
@@ -211,6 +225,8 @@ class Streamed:
                 flat_rows(parameter, place.start, place.stop).copy_(values)
             if see is not None:
                 see(values, same)
+            if same[0].expert >= 0 and not stacks.keeps(values):
+                self._free.setdefault(values.nbytes, []).append(lent)
         if isinstance(block.mlp, LLaMAMoE):
             memory = self._memory[True]
             for stack in ("gate_up_proj", "down_proj"):
@@ -219,8 +235,8 @@ class Streamed:
                 setattr(block.mlp.experts, stack, nn.Parameter(shown, requires_grad=False))
         return block
 
-    def _read(self, layer: int) -> Iterator[tuple[list[BlockId], Tensor]]:
-        """The stored pieces of a layer, each with the blocks that it is.
+    def _read(self, layer: int) -> Iterator[tuple[list[BlockId], Tensor, Tensor]]:
+        """The stored pieces of a layer, each with the blocks that it is and the memory that it is in.
 
         A thread reads ahead, into the next layer, too: a disk has time while a block computes.
         """
@@ -229,15 +245,18 @@ class Streamed:
             self._coming = chain.from_iterable(map(self._pieces, range(layer, self.config.n_layer)))
         self._next = layer + 1
         while True:
-            waiting = sum(n_bytes for _, n_bytes, _ in self._ahead)
-            while waiting < AHEAD_BYTES and (same := next(self._coming, None)) is not None:
+            waiting = sum(self.stored.nbytes(coming.same[0]) for coming in self._ahead)
+            while waiting < self._ahead_bytes and (same := next(self._coming, None)) is not None:
                 n_bytes = self.stored.nbytes(same[0])
-                self._ahead.append((same, n_bytes, self._pool.submit(self.stored.read, same[0])))
+                free = self._free.get(n_bytes)
+                memory = free.pop() if free else page_memory(n_bytes)
+                values = self._pool.submit(self.stored.read, same[0], into=memory)
+                self._ahead.append(_Coming(same, values, memory))
                 waiting += n_bytes
-            if not self._ahead or self._ahead[0][0][0].layer != layer:
+            if not self._ahead or self._ahead[0].same[0].layer != layer:
                 return
-            same, _, values = self._ahead.popleft()
-            yield same, values.result()
+            coming = self._ahead.popleft()
+            yield coming.same, coming.values.result(), coming.memory
 
     def _pieces(self, layer: int) -> list[list[BlockId]]:
         """The blocks of a layer, those that are one piece on disk together."""
@@ -261,6 +280,7 @@ class Streamed:
         """Give the blocks' memory back."""
         self._blocks.clear()
         self._memory.clear()
+        self._free.clear()
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """The rows of the embedding, [B, T, D]."""

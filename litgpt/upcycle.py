@@ -182,6 +182,8 @@ def upcycle(
         beside = pool.submit(_write_beside, temporary, dense.directory, config, tokenizer, dtypes, format)
         written = plan.write(temporary, _Values(dense, recipe, routers, new_rows, seed))
         beside.result()
+        thought_ids = tokenizer.thought_ids
+        del tokenizer  # Qwen3's takes 100 MB
         made: dict[str, Any] = {
             "directory": target.name,
             "source": dense.directory.resolve().name,
@@ -193,7 +195,7 @@ def upcycle(
             "layers": where,
             "router": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(router).items()},
             "seed": seed,
-            "thought_ids": list(tokenizer.thought_ids) if tokenizer.thought_ids else None,
+            "thought_ids": list(thought_ids) if thought_ids else None,
             "trainable": list(parts),
         }
         provenance = config.ours() | {"tool": tool_version(), "upcycled": made}
@@ -213,7 +215,7 @@ def upcycle(
             dense=dense.config,
             config=config,
             recipe=recipe.settings(),
-            thought_ids=tokenizer.thought_ids,
+            thought_ids=thought_ids,
             proofs=proofs,
             dense_bytes=sum(path.stat().st_size for path in dense.files),
             n_bytes=sum(path.stat().st_size for path in stored.files),

@@ -32,7 +32,7 @@ from litgpt.checkpoint import (
 from litgpt.config import Config
 from litgpt.keymap import Naming, assemble, flat_rows, layout
 from litgpt.model import GPT
-from litgpt.tensorfile import FileSink, row_count
+from litgpt.tensorfile import DIRECT_BYTES, FileSink, page_memory, read_bytes, row_count
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError
 from tests.tiny_models import FAMILIES, MOE_FAMILIES, random_model, same_bits
@@ -506,3 +506,47 @@ def test_provenance_round_trip(tmp_path: Path) -> None:
         (tmp_path / "provenance.yaml").write_bytes(broken.encode("latin-1"))
         with pytest.raises(UserError, match=r"provenance.yaml"):
             read_provenance(tmp_path)
+
+
+class TestReadingBytes:
+    """`read_bytes`, past the page cache or through it, from anywhere into memory that is used again."""
+
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Path:
+        path = tmp_path / "numbers"
+        path.write_bytes(torch.randint(0, 256, (3 * DIRECT_BYTES + 17,), dtype=torch.uint8).numpy().tobytes())
+        return path
+
+    @pytest.mark.parametrize("once", [False, True])
+    @pytest.mark.parametrize(
+        ("offset", "count"), [(0, 17), (1, DIRECT_BYTES), (DIRECT_BYTES - 1, 2), (8, 3 * DIRECT_BYTES + 9), (40, 0)]
+    )
+    def test_any_span_is_what_the_file_holds(self, file: Path, offset: int, count: int, once: bool) -> None:
+        memory = page_memory(3 * DIRECT_BYTES + 9)
+        for into in (None, memory, memory):
+            data = read_bytes(file, "w", offset, count, once=once, into=into)
+            assert data.numpy().tobytes() == file.read_bytes()[offset : offset + count]
+
+    @pytest.mark.parametrize("once", [False, True])
+    @pytest.mark.parametrize(("offset", "count"), [(0, 3 * DIRECT_BYTES + 18), (2 * DIRECT_BYTES, 2 * DIRECT_BYTES)])
+    def test_a_file_that_ends_early_is_one_line(self, file: Path, offset: int, count: int, once: bool) -> None:
+        with pytest.raises(
+            UserError, match=f"{file.name} ends {offset + count - file.stat().st_size} bytes early in w;"
+        ):
+            read_bytes(file, "w", offset, count, once=once)
+
+    def test_a_file_system_that_refuses_is_read_through_the_cache(
+        self, file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        flags = []
+        real = os.open
+
+        def refusing(path: Path, flag: int) -> int:
+            flags.append(flag)
+            if flag & getattr(os, "O_DIRECT", 0):
+                raise OSError(errno.EINVAL, "no such way")
+            return real(path, flag)
+
+        monkeypatch.setattr("litgpt.tensorfile.os.open", refusing)
+        assert read_bytes(file, "w", 5, 9, once=True).numpy().tobytes() == file.read_bytes()[5:14]
+        assert flags[-1] == os.O_RDONLY

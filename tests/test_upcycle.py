@@ -19,7 +19,7 @@ import litgpt.proof
 from litgpt.checkpoint import LitReader, convert_lit_to_hf, load_model, load_state, read_provenance, save_lit_dir
 from litgpt.config import Config
 from litgpt.model import GPT, LLaMAMoE, Routing
-from litgpt.proof import SAMPLE_TEXTS, Proof, prove
+from litgpt.proof import MAX_TOKENS_PER_TEXT, SAMPLE_TEXTS, Proof, prove
 from litgpt.routers import RouterStart
 from litgpt.tensorfile import LitWriter
 from litgpt.tokenizer import Tokenizer
@@ -303,7 +303,7 @@ class TestProof:
         assert single.kl <= 1e-9 and single.top1_agreement == 1.0 and single.max_abs_diff < 1e-3
         assert double.max_abs_diff <= 1e-10 and double.top1_agreement == 1.0
         assert single.changed == double.changed == ()
-        assert 32 < single.n_tokens <= 4 * 32
+        assert 32 < single.n_tokens <= 4 * MAX_TOKENS_PER_TEXT
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_figures_are_those_of_the_whole_models(self, pair: Pair, tmp_path: Path, dtype: torch.dtype) -> None:
@@ -318,7 +318,10 @@ class TestProof:
         for directory in (pair.dense, moe_dir):
             model = load_model(directory, dtype=dtype)
             with torch.no_grad():
-                rows = [model(torch.tensor([tokenizer.encode(text)[:32]])).logits for text in SAMPLE_TEXTS[:2]]
+                rows = [
+                    model(torch.tensor([tokenizer.encode(text)[:MAX_TOKENS_PER_TEXT]])).logits
+                    for text in SAMPLE_TEXTS[:2]
+                ]
             logits[directory] = torch.cat([row[0, :, : tokenizer.vocab_size] for row in rows]).double()
         a, b = (logits[directory].log_softmax(dim=-1) for directory in (pair.dense, moe_dir))
         kl = (a.exp() * (a - b)).sum(dim=-1)
