@@ -1,16 +1,19 @@
 """Centred kernel alignment (CKA): how alike two networks see the same tokens.
 
 Linear CKA in its biased (Kornblith et al. 2019) and unbiased (HSIC₁, Song et al. 2007) form, for one batch and
-differentiable, or exact over a whole data set in one pass. Everything runs in at least fp32 outside autocast and
-centres before it multiplies: in bf16, or with an uncentred Gram matrix, the digits that matter are gone.
+differentiable, or exact over a whole data set in one pass; CKA of Gaussian kernels; the mean over batches of Nguyen et
+al. 2020. Everything runs in at least fp32 outside autocast and TF32 and centres before it multiplies: in bf16, or with
+an uncentred Gram matrix, the digits that matter are gone. Nothing is clamped.
 
 Rows are tokens. Which tokens are in is part of the measure: a single attention-sink row (huge norm, usually the
-first position) makes any two networks look alike, so `select_rows` drops position 0 of every document.
+first position) makes any two networks look alike, so `select_rows` drops position 0 of every document and
+`ordinary_rows` what is out of proportion elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -38,8 +41,8 @@ def linear_cka(x_ND: Tensor, y_NC: Tensor, *, unbiased: bool = True) -> Tensor:
         (arXiv 2010.15327), eq. 3, for the unbiased estimator.
     """
     _check_rows(x_ND, y_NC)
-    with torch.autocast(x_ND.device.type, enabled=False):
-        x_ND, y_NC = _centred(x_ND), _centred(y_NC)
+    with full_precision(x_ND.device):
+        x_ND, y_NC = _in_one_dtype(centred(x_ND), centred(y_NC))
         # N² (D + C) multiplications for Gram matrices, N (D² + C² + D C) for the features' own products.
         n, d, c = len(x_ND), x_ND.shape[1], y_NC.shape[1]
         products = _gram_products if n * (d + c) < d * d + c * c + d * c else _feature_products
@@ -59,11 +62,29 @@ def _check_rows(x_ND: Tensor, y_NC: Tensor) -> None:
         raise ValueError(f"CKA needs at least {MINIMUM_ROWS} rows, got {len(x_ND)}")
 
 
-def _centred(x_ND: Tensor) -> Tensor:
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Without autocast, and with fp32 products in fp32, not in TF32, whatever the training has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def centred(x_ND: Tensor) -> Tensor:
+    """Rows less their mean, scaled to a mean square of 1, in fp32 (fp64 stays)."""
     x_ND = x_ND if x_ND.dtype == torch.float64 else x_ND.float()
     x_ND = x_ND - x_ND.mean(0)
     # CKA does not change with scale; fourth powers of large activations would leave the range of fp32.
     return x_ND / x_ND.detach().pow(2).mean().sqrt().clamp_min(torch.finfo(x_ND.dtype).tiny)
+
+
+def _in_one_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)
 
 
 def _gram_products(x_ND: Tensor, y_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,6 +117,95 @@ def hsic1_from_moments(product: Tensor, diagonal_product: Tensor, k_sum: Tensor,
     return product - diagonal_product + k_sum * l_sum / ((n - 1) * (n - 2)) - 2 * diagonal_product / (n - 2)
 
 
+def rbf_cka(x_ND: Tensor, y_NC: Tensor, *, bandwidth: float = 0.5, unbiased: bool = False) -> Tensor:
+    """CKA of Gaussian kernels exp(−d² / 2 σ²), σ² = bandwidth² · median of d² over all pairs of rows (with i = j).
+
+    Unlike the linear one it also sees neighbourhoods; it needs N² memory.
+
+    Args:
+        x_ND, y_NC, unbiased: as of `linear_cka`.
+        bandwidth: σ as a share of the median distance.
+
+    Returns:
+        a scalar fp32 tensor (fp64 for fp64 input), differentiable in both inputs (the medians count as constants).
+
+    Raises:
+        ValueError: fewer than 4 rows, or row counts that differ.
+
+    Source: Kornblith et al. 2019 (arXiv 1905.00414), section 3 and Demo.ipynb beside it.
+    """
+    _check_rows(x_ND, y_NC)
+    with full_precision(x_ND.device):
+        x_ND, y_NC = _in_one_dtype(centred(x_ND), centred(y_NC))
+        k_NN, l_NN = (_centred_gram(_gaussian(rows, bandwidth)) for rows in (x_ND, y_NC))
+        k_N, l_N = k_NN.diagonal(), l_NN.diagonal()
+        xy, xx, yy = (k_NN * l_NN).sum(), (k_NN * k_NN).sum(), (l_NN * l_NN).sum()
+        if unbiased:
+            xy, xx, yy = _hsic1(xy, k_N, l_N), _hsic1(xx, k_N, k_N), _hsic1(yy, l_N, l_N)
+        return xy / (xx * yy).sqrt()
+
+
+def _gaussian(x_ND: Tensor, bandwidth: float) -> Tensor:
+    norms_N = (x_ND * x_ND).sum(1)
+    squares_NN = (norms_N[:, None] + norms_N - 2 * x_ND @ x_ND.T).clamp(min=0).fill_diagonal_(0)
+    values = squares_NN.detach().flatten().sort().values  # torch.median takes the lower of the two in the middle
+    median = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
+    return torch.exp(-squares_NN / (2 * bandwidth**2 * median.clamp_min(torch.finfo(x_ND.dtype).tiny)))
+
+
+def _centred_gram(k_NN: Tensor) -> Tensor:
+    mean_N = k_NN.mean(0)
+    return k_NN - mean_N - mean_N[:, None] + mean_N.mean()
+
+
+class MinibatchCKA:
+    """Linear CKA from batches that are too large together: the mean of HSIC over batches, before the ratio.
+
+    With HSIC₁ the three means are unbiased at any batch size, so their ratio comes near to the whole data set's value;
+    the mean of the batches' own CKA does not. `StreamingCKA` has the exact value where D² numbers fit.
+
+    Args:
+        unbiased: HSIC₁; with False the biased HSIC₀, which depends on the batch size.
+
+    Source: Nguyen et al. 2020 (arXiv 2010.15327), eq. 2 and 3.
+    """
+
+    def __init__(self, *, unbiased: bool = True) -> None:
+        self.unbiased = unbiased
+        self.n_batches = 0
+        self._sums = torch.zeros(3, dtype=torch.float64)
+
+    def update(self, x_ND: Tensor, y_NC: Tensor) -> None:
+        """Add a batch of at least 4 rows.
+
+        Raises:
+            ValueError: fewer rows, or row counts that differ.
+        """
+        _check_rows(x_ND, y_NC)
+        n = len(x_ND)
+        x_ND, y_NC = x_ND.detach().double(), y_NC.detach().double()
+        # Not `centred`: the scale must be one for all batches.
+        x_ND, y_NC = x_ND - x_ND.mean(0), y_NC - y_NC.mean(0)
+        k_N, l_N = (x_ND * x_ND).sum(1), (y_NC * y_NC).sum(1)
+        xy, xx, yy = _gram_products(x_ND, y_NC)
+        if self.unbiased:
+            xy, xx, yy = _hsic1(xy, k_N, l_N), _hsic1(xx, k_N, k_N), _hsic1(yy, l_N, l_N)
+        pairs = n * (n - 3) if self.unbiased else (n - 1) ** 2
+        self._sums += torch.stack((xy, xx, yy)).cpu() / pairs
+        self.n_batches += 1
+
+    def result(self) -> float:
+        """CKA of the batches so far.
+
+        Raises:
+            ValueError: there was none.
+        """
+        if not self.n_batches:
+            raise ValueError(f"CKA needs at least {MINIMUM_ROWS} rows, got 0")
+        xy, xx, yy = self._sums
+        return float(xy / (xx * yy).sqrt())
+
+
 def select_rows(
     spans_BT: Tensor, documents_BT: Tensor, *, keep_spans: Collection[int], drop_first: bool = True
 ) -> Tensor:
@@ -118,6 +228,45 @@ def select_rows(
     return keep_BT
 
 
+OUTLIER_FACTOR = 10.0
+"""Rows of more than so many times the median norm are no ordinary tokens: massive activations are 100 times and more
+(Sun et al. 2024, arXiv 2402.17762), while ordinary norms stay within a factor of 3."""
+
+
+def ordinary_rows(x_ND: Tensor, documents_N: Tensor, *, factor: float = OUTLIER_FACTOR) -> Tensor:
+    """Which rows have a norm of at most `factor` times the median of their document.
+
+    Sinks also form behind position 0 (on the first line break, say), and a handful of them is all that CKA then sees.
+    The rule looks at one document at a time, so the answer does not depend on how documents are batched.
+
+    Args:
+        x_ND: representations, rows are tokens.
+        documents_N: document number of each.
+        factor: infinity keeps all.
+
+    Returns:
+        a boolean mask [N].
+    """
+    norms_N = torch.linalg.vector_norm(x_ND.detach().float(), dim=1)
+    keep_N = torch.ones_like(documents_N, dtype=torch.bool)
+    for document in documents_N.unique():
+        own_N = documents_N == document
+        keep_N[own_N] = norms_N[own_N] <= factor * norms_N[own_N].median()
+    return keep_N
+
+
+class Likeness(NamedTuple):
+    """What else says how far two networks are apart, over the same rows as CKA, which alone is easily fooled."""
+
+    relative_l2: float | None
+    """‖X − Y‖ / ‖X‖; `None` where widths differ, as for the cosine."""
+    cosine: float | None
+    """Mean over rows of cos(x, y)."""
+    procrustes: float
+    """‖X‖² + ‖Y‖² − 2 ‖XᵀY‖⁎ of centred X, Y with norm 1: 0 for equal up to rotation and scale, 2 for orthogonal
+    (Ding et al. 2021, arXiv 2108.01661). With fewer rows than features it is too small."""
+
+
 @dataclass
 class StreamingCKA:
     """Exact linear CKA of a whole data set in one pass, biased or unbiased, in memory O((D + C)²).
@@ -127,7 +276,7 @@ class StreamingCKA:
 
     Args:
         shifts: for x [D] and y [C]; by default the means of the first batch. Processes whose moments are to be added
-            up need the same.
+            up by `reduce` need the same; `merge` does not.
     """
 
     n: int = 0
@@ -141,10 +290,16 @@ class StreamingCKA:
         if len(x_ND) == 0 and self.shifts is None:
             return
         x_ND, y_NC = x_ND.detach().double(), y_NC.detach().double()
-        if not self._moments:
-            x_shift, y_shift = self.shifts or (x_ND.mean(0), y_NC.mean(0))
-            self._moments = {"x_shift": x_shift, "y_shift": y_shift}
-        x_ND, y_NC = x_ND - self._moments["x_shift"], y_NC - self._moments["y_shift"]
+        if self.shifts is None:
+            self.shifts = x_ND.mean(0), y_NC.mean(0)
+        apart = {}
+        if x_ND.shape == y_NC.shape:
+            apart = {
+                "apart": (x_ND - y_NC).square().sum(),
+                "size": x_ND.square().sum(),
+                "cosine": torch.cosine_similarity(x_ND, y_NC, dim=1).sum(),
+            }
+        x_ND, y_NC = x_ND - self.shifts[0], y_NC - self.shifts[1]
         p_N, q_N = (x_ND * x_ND).sum(1), (y_NC * y_NC).sum(1)
         added = {
             "x": x_ND.sum(0),
@@ -163,9 +318,28 @@ class StreamingCKA:
             "py": p_N @ y_NC,
             "qy": q_N @ y_NC,
         }
-        for name, value in added.items():
+        self._add(added | apart, len(x_ND))
+
+    def merge(self, other: StreamingCKA) -> None:
+        """Add the rows that another has seen; batches, processes and order do not matter.
+
+        Raises:
+            ValueError: widths that differ.
+        """
+        if other.shifts is None:
+            return
+        if self.shifts is None:
+            self.shifts = other.shifts
+        if any(mine.shape != theirs.shape for mine, theirs in zip(self.shifts, other.shifts, strict=True)):
+            raise ValueError("CKA can only be merged with that of equally wide representations")
+        if other.n:
+            d, e = (mine - theirs for mine, theirs in zip(self.shifts, other.shifts, strict=True))
+            self._add(_moved(other._moments, other.n, d, e), other.n)
+
+    def _add(self, moments: dict[str, Tensor], n: int) -> None:
+        for name, value in moments.items():
             self._moments[name] = self._moments[name] + value if name in self._moments else value
-        self.n += len(x_ND)
+        self.n += n
 
     def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
         """Add up the moments of all processes; each then has those of all rows. They need the same `shifts`.
@@ -173,7 +347,7 @@ class StreamingCKA:
         Args:
             sum_over_ranks: an all-reduce of one fp64 tensor; called once, with about D² + C² + D·C numbers.
         """
-        names = [name for name in self._moments if not name.endswith("shift")]
+        names = list(self._moments)
         flat = torch.cat([self._moments[name].flatten() for name in names])
         summed = sum_over_ranks(torch.cat((flat, flat.new_tensor([self.n]))))
         self.n = int(summed[-1])
@@ -189,9 +363,23 @@ class StreamingCKA:
         """
         central = self._central()
         if not unbiased:
-            return float(central.sxy.pow(2).sum() / (central.sxx.pow(2).sum() * central.syy.pow(2).sum()).sqrt())
-        xy, xx, yy = self._hsics(central)
+            xy, xx, yy = (central[name].pow(2).sum() for name in ("xy", "xx", "yy"))
+        else:
+            xy, xx, yy = self._hsics(central)
         return float(xy / (xx * yy).sqrt())
+
+    def likeness(self) -> Likeness:
+        """What else the same rows say.
+
+        Raises:
+            ValueError: fewer than 4 rows.
+        """
+        c = self._central()
+        nuclear = torch.linalg.matrix_norm(c["xy"], "nuc")
+        procrustes = float(2 - 2 * nuclear / (c["p"] * c["q"]).sqrt())
+        if "apart" not in c:
+            return Likeness(None, None, procrustes)
+        return Likeness(float((c["apart"] / c["size"]).sqrt()), float(c["cosine"] / self.n), procrustes)
 
     def gradient(self, x_ND: Tensor, y_NC: Tensor) -> Tensor:
         """What the unbiased CKA of all rows so far changes by, with each of these rows of x (some of those seen).
@@ -206,63 +394,56 @@ class StreamingCKA:
         Returns:
             ∂CKA / ∂x, fp64 [N, D].
         """
-        c, m, n = self._central(), self._moments, self.n
+        c, n = self._central(), self.n
+        assert self.shifts is not None
         xy, xx, yy = self._hsics(c)
-        x_ND = x_ND.detach().double() - m["x_shift"] - c.mx
-        y_NC = y_NC.detach().double() - m["y_shift"] - c.my
+        x_ND = x_ND.detach().double() - self.shifts[0] - self._moments["x"] / n
+        y_NC = y_NC.detach().double() - self.shifts[1] - self._moments["y"] / n
         k_N1, l_N1 = (x_ND * x_ND).sum(1, keepdim=True), (y_NC * y_NC).sum(1, keepdim=True)
-        k_sum, l_sum = c.sxx.trace(), c.syy.trace()
-        # Σ k x and Σ l x of centred rows, from the moments about the shift.
-        kx = m["px"] - 2 * m["xx"] @ c.mx + (c.mx @ c.mx) * m["x"] - k_sum * c.mx
-        lx = m["qx"] - 2 * m["xy"] @ c.my + (c.my @ c.my) * m["x"] - l_sum * c.mx
         diagonal, total = n / (n - 2), 1 / ((n - 1) * (n - 2))
-        of_xy = 2 * (y_NC @ c.sxy.T - diagonal * (l_N1 * x_ND - lx / n) + total * l_sum * x_ND)
-        of_xx = 4 * (x_ND @ c.sxx - diagonal * (k_N1 * x_ND - kx / n) + total * k_sum * x_ND)
+        of_xy = 2 * (y_NC @ c["xy"].T - diagonal * (l_N1 * x_ND - c["qx"] / n) + total * c["q"] * x_ND)
+        of_xx = 4 * (x_ND @ c["xx"] - diagonal * (k_N1 * x_ND - c["px"] / n) + total * c["p"] * x_ND)
         gradient_ND: Tensor = (of_xy - xy / (2 * xx) * of_xx) / (xx * yy).sqrt()
         return gradient_ND
 
-    def _central(self) -> _Central:
+    def _central(self) -> dict[str, Tensor]:
+        """The moments about the mean of all rows."""
         if self.n < MINIMUM_ROWS:
             raise ValueError(f"CKA needs at least {MINIMUM_ROWS} rows, got {self.n}")
-        m, n = self._moments, self.n
-        mx, my = m["x"] / n, m["y"] / n
-        return _Central(
-            mx,
-            my,
-            sxx=m["xx"] - n * torch.outer(mx, mx),
-            syy=m["yy"] - n * torch.outer(my, my),
-            sxy=m["xy"] - n * torch.outer(mx, my),
-        )
+        return _moved(self._moments, self.n, self._moments["x"] / self.n, self._moments["y"] / self.n)
 
-    def _hsics(self, central: _Central) -> tuple[Tensor, Tensor, Tensor]:
-        """HSIC₁ times N (N - 3) of x with y, x with x, y with y."""
-        m, n = self._moments, self.n
-        mx, my, sxx, syy, sxy = central
-        k, l_ = sxx.trace(), syy.trace()
-        a, b = mx @ mx, my @ my
-        # Σ (p - 2 x·μx + a)(q - 2 y·μy + b), and the same with both factors of one side.
-        kl = (
-            m["pq"] - 2 * m["py"] @ my + b * m["p"]
-            - 2 * m["qx"] @ mx + 4 * mx @ m["xy"] @ my - 2 * b * m["x"] @ mx
-            + a * m["q"] - 2 * a * m["y"] @ my + n * a * b
-        )  # fmt: skip
-        kk = m["pp"] - 4 * m["px"] @ mx + 2 * a * m["p"] + 4 * mx @ m["xx"] @ mx - 4 * a * m["x"] @ mx + n * a * a
-        ll = m["qq"] - 4 * m["qy"] @ my + 2 * b * m["q"] + 4 * my @ m["yy"] @ my - 4 * b * m["y"] @ my + n * b * b
+    def _hsics(self, c: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """HSIC₁ times N (N - 3) of x with y, x with x, y with y, from central moments."""
         return (
-            hsic1_from_moments(sxy.pow(2).sum(), kl, k, l_, n),
-            hsic1_from_moments(sxx.pow(2).sum(), kk, k, k, n),
-            hsic1_from_moments(syy.pow(2).sum(), ll, l_, l_, n),
+            hsic1_from_moments(c["xy"].pow(2).sum(), c["pq"], c["p"], c["q"], self.n),
+            hsic1_from_moments(c["xx"].pow(2).sum(), c["pp"], c["p"], c["p"], self.n),
+            hsic1_from_moments(c["yy"].pow(2).sum(), c["qq"], c["q"], c["q"], self.n),
         )
 
 
-class _Central(NamedTuple):
-    """Means (about the shift) and central second moments, not divided by n."""
-
-    mx: Tensor
-    my: Tensor
-    sxx: Tensor
-    syy: Tensor
-    sxy: Tensor
+def _moved(m: dict[str, Tensor], n: int, d: Tensor, e: Tensor) -> dict[str, Tensor]:
+    """The moments of x - d and y - e, from those of x and y: of the same rows about another point."""
+    a, b = d @ d, e @ e
+    x, y, p, q = m["x"] - n * d, m["y"] - n * e, m["p"] - 2 * m["x"] @ d + n * a, m["q"] - 2 * m["y"] @ e + n * b
+    moved = {
+        "x": x,
+        "y": y,
+        "xx": m["xx"] - torch.outer(m["x"], d) - torch.outer(d, x),
+        "yy": m["yy"] - torch.outer(m["y"], e) - torch.outer(e, y),
+        "xy": m["xy"] - torch.outer(m["x"], e) - torch.outer(d, y),
+        "p": p,
+        "q": q,
+        # (p - 2 x·d + a)(q - 2 y·e + b), and the same with both factors of one side.
+        "pp": m["pp"] + 4 * d @ m["xx"] @ d + n * a * a - 4 * m["px"] @ d + 2 * a * m["p"] - 4 * a * m["x"] @ d,
+        "qq": m["qq"] + 4 * e @ m["yy"] @ e + n * b * b - 4 * m["qy"] @ e + 2 * b * m["q"] - 4 * b * m["y"] @ e,
+        "pq": m["pq"] - 2 * m["py"] @ e + b * m["p"] - 2 * m["qx"] @ d + 4 * d @ m["xy"] @ e - 2 * b * m["x"] @ d
+        + a * m["q"] - 2 * a * m["y"] @ e + n * a * b,
+        "px": m["px"] - 2 * m["xx"] @ d + a * m["x"] - p * d,
+        "qx": m["qx"] - 2 * m["xy"] @ e + b * m["x"] - q * d,
+        "py": m["py"] - 2 * d @ m["xy"] + a * m["y"] - p * e,
+        "qy": m["qy"] - 2 * m["yy"] @ e + b * m["y"] - q * e,
+    }  # fmt: skip
+    return moved | {name: m[name] for name in ("apart", "size", "cosine") if name in m}
 
 
 def cka_share(states_BTD: Tensor, reference_BTC: Tensor, keep_BT: Tensor, step: StreamingCKA, value: float) -> Tensor:

@@ -1,0 +1,140 @@
+"""What CKA needs all pairs of rows for, on a sample of them: the map of all layers, intervals, floor and ceiling.
+
+A map of L × M layers over a whole data set would keep L · M matrices of D². On a sample of N rows each layer has one
+Gram matrix N × N, and all pairs of layers are one product of these, in slices of rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from litgpt.cka import MINIMUM_ROWS, centred, full_precision, hsic1_from_moments
+
+SLICE_ELEMENTS = 1 << 25
+"""Of the slices of Gram matrices that are in memory at a time."""
+
+
+def layer_map(x_NLD: Tensor, y_NMC: Tensor) -> Tensor:
+    """Unbiased linear CKA of every layer of one network with every layer of another, as `linear_cka` of each pair.
+
+    Args:
+        x_NLD: L layers of the first network, rows are tokens.
+        y_NMC: M layers of the second, same tokens.
+
+    Returns:
+        fp64 [L, M] on the CPU.
+
+    Raises:
+        ValueError: fewer than 4 rows, or row counts that differ.
+    """
+    n, L, M = len(x_NLD), x_NLD.shape[1], y_NMC.shape[1]
+    if n != len(y_NMC) or n < MINIMUM_ROWS:
+        raise ValueError(f"a map needs at least {MINIMUM_ROWS} rows of both, got {n} and {len(y_NMC)}")
+    with full_precision(x_NLD.device):
+        dtype = torch.promote_types(x_NLD.dtype, y_NMC.dtype)
+        x, y = ([centred(rows_NLD[:, i].to(dtype)) for i in range(rows_NLD.shape[1])] for rows_NLD in (x_NLD, y_NMC))
+        xy_LM = torch.zeros(L, M, dtype=torch.float64)
+        xx_L, yy_M = torch.zeros(L, dtype=torch.float64), torch.zeros(M, dtype=torch.float64)
+        step = max(1, SLICE_ELEMENTS // ((L + M) * n))
+        for start in range(0, n, step):
+            k, m = (torch.stack([rows[start : start + step] @ rows.T for rows in side]).flatten(1) for side in (x, y))
+            xy_LM += (k @ m.T).double().cpu()
+            xx_L += k.square().sum(1).double().cpu()
+            yy_M += m.square().sum(1).double().cpu()
+        p_LN, q_MN = (torch.stack([rows.square().sum(1) for rows in side]).double().cpu() for side in (x, y))
+    p_L, q_M = p_LN.sum(1), q_MN.sum(1)
+    xy_LM = hsic1_from_moments(xy_LM, p_LN @ q_MN.T, p_L[:, None], q_M, n)
+    xx_L = hsic1_from_moments(xx_L, p_LN.square().sum(1), p_L, p_L, n)
+    yy_M = hsic1_from_moments(yy_M, q_MN.square().sum(1), q_M, q_M, n)
+    return xy_LM / (xx_L[:, None] * yy_M).sqrt()
+
+
+class Spread(NamedTuple):
+    """What a CKA on N rows is worth."""
+
+    value: float
+    """Of the sample itself."""
+    low: float
+    high: float
+    """95 % of the estimates that other sequences would have given lie about the true value as far as these lie about
+    `value`; NaN with fewer than 4 sequences."""
+    floor: float
+    """The largest of 20 values for tokens paired at random: what is below it is nothing."""
+    ceiling: float
+    """Of the first network with itself: 1, or the arithmetic is at fault."""
+
+
+RESAMPLES = 400
+SHUFFLES = 20
+
+
+def spread(x_ND: Tensor, y_NC: Tensor, sequences_N: Tensor, *, seed: int = 1337) -> Spread:
+    """Interval, floor and ceiling of the unbiased linear CKA of a sample of rows.
+
+    The interval is resampled over sequences, since tokens of one text are not independent. An ordinary bootstrap draws
+    rows twice, and a row paired with its own copy looks alike in any two networks, which lifts every replicate. So each
+    replicate is a random half of the sequences without repetition, whose estimates scatter about that of all as widely
+    as this scatters about the truth (delete-half jackknife; Shao and Wu 1989, Ann. Statist. 17:1176).
+
+    Args:
+        x_ND, y_NC: as of `linear_cka`; N² numbers for each are in memory.
+        sequences_N: number of the sequence that each row is from.
+        seed: of halves and shuffles.
+
+    Raises:
+        ValueError: fewer than 4 rows, or row counts that differ.
+    """
+    n = len(x_ND)
+    if n != len(y_NC) or n < MINIMUM_ROWS:
+        raise ValueError(f"CKA needs at least {MINIMUM_ROWS} rows of both, got {n} and {len(y_NC)}")
+    generator = torch.Generator().manual_seed(seed)
+    with full_precision(x_ND.device):
+        dtype = torch.promote_types(x_ND.dtype, y_NC.dtype)
+        k_NN, l_NN = (_gram_without_diagonal(rows.to(dtype)) for rows in (x_ND, y_NC))
+        all_1N = k_NN.new_ones(1, n)
+        own = [_hsic1_of_subsets(a, a, all_1N) for a in (k_NN, l_NN)]
+        scale = (own[0] * own[1]).sqrt()
+        value = float(_hsic1_of_subsets(k_NN, l_NN, all_1N) / scale)
+        shuffled = [
+            float(_hsic1_of_subsets(k_NN, l_NN[order][:, order], all_1N) / scale)
+            for order in (torch.randperm(n, generator=generator).to(k_NN.device) for _ in range(SHUFFLES))
+        ]
+        low, high = _interval(k_NN, l_NN, sequences_N, value, generator)
+        ceiling = float(_hsic1_of_subsets(k_NN, k_NN, all_1N) / own[0])
+    return Spread(value, low, high, max(shuffled), ceiling)
+
+
+def _interval(
+    k_NN: Tensor, l_NN: Tensor, sequences_N: Tensor, value: float, generator: torch.Generator
+) -> tuple[float, float]:
+    names, member_N = sequences_N.unique(return_inverse=True)
+    if len(names) < 4:
+        return float("nan"), float("nan")
+    halves_RS = torch.rand(RESAMPLES, len(names), generator=generator).argsort(1) < len(names) // 2
+    rows_RN = halves_RS.to(member_N.device)[:, member_N]
+    rows_RN = rows_RN[rows_RN.sum(1) >= MINIMUM_ROWS].to(k_NN.dtype)
+    xy, xx, yy = (_hsic1_of_subsets(a, b, rows_RN) for a, b in ((k_NN, l_NN), (k_NN, k_NN), (l_NN, l_NN)))
+    apart = (xy / (xx * yy).sqrt()).double() - value
+    apart = apart[apart.isfinite()]
+    if len(apart) < RESAMPLES // 2:
+        return float("nan"), float("nan")
+    low, high = apart.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64, device=apart.device)).tolist()
+    return value - high, value - low
+
+
+def _gram_without_diagonal(x_ND: Tensor) -> Tensor:
+    x_ND = centred(x_ND)
+    return (x_ND @ x_ND.T).fill_diagonal_(0)
+
+
+def _hsic1_of_subsets(k_NN: Tensor, l_NN: Tensor, rows_RN: Tensor) -> Tensor:
+    """HSIC₁ (times n (n - 3)) of R subsets of the rows, given as 0 and 1; needs no centring. fp64 [R]."""
+    n_R = rows_RN.sum(1).double()
+    k_RN, l_RN = rows_RN @ k_NN, rows_RN @ l_NN
+    pairs_R = ((rows_RN @ (k_NN * l_NN)) * rows_RN).sum(1).double()
+    sums_R = (k_RN * rows_RN).sum(1).double() * (l_RN * rows_RN).sum(1).double()
+    crossed_R = (k_RN * l_RN * rows_RN).sum(1).double()
+    return pairs_R + sums_R / ((n_R - 1) * (n_R - 2)) - 2 * crossed_R / (n_R - 2)
