@@ -12,10 +12,10 @@ first position) makes any two networks look alike, so `select_rows` drops positi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -336,6 +336,15 @@ class StreamingCKA:
             d, e = (mine - theirs for mine, theirs in zip(self.shifts, other.shifts, strict=True))
             self._add(_moved(other._moments, other.n, d, e), other.n)
 
+    def state(self) -> dict[str, Any]:
+        """Plain values and tensors, for `restore`."""
+        return {"n": self.n, "shifts": list(self.shifts or ()), "moments": dict(self._moments)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Become the one whose `state` this is, on its device."""
+        self.n, self._moments = state["n"], dict(state["moments"])
+        self.shifts = (state["shifts"][0], state["shifts"][1]) if state["shifts"] else None
+
     def _add(self, moments: dict[str, Tensor], n: int) -> None:
         for name, value in moments.items():
             self._moments[name] = self._moments[name] + value if name in self._moments else value
@@ -376,7 +385,7 @@ class StreamingCKA:
         """
         c = self._central()
         nuclear = torch.linalg.matrix_norm(c["xy"], "nuc")
-        procrustes = float(2 - 2 * nuclear / (c["p"] * c["q"]).sqrt())
+        procrustes = max(0.0, float(2 - 2 * nuclear / (c["p"] * c["q"]).sqrt()))  # rounding
         if "apart" not in c:
             return Likeness(None, None, procrustes)
         return Likeness(float((c["apart"] / c["size"]).sqrt()), float(c["cosine"] / self.n), procrustes)

@@ -31,10 +31,21 @@ from litgpt.checkpoint import (
     require_lit_dir,
 )
 from litgpt.config import Config
-from litgpt.keymap import DERIVED_HF_BUFFERS, HF_EMBED, HF_HEAD, LIT_EMBED, LIT_HEAD, BlockId, flat_rows, layout
-from litgpt.model import Block, LLaMAMoE, RMSNorm
+from litgpt.keymap import (
+    DERIVED_HF_BUFFERS,
+    HF_EMBED,
+    HF_HEAD,
+    LIT_EMBED,
+    LIT_HEAD,
+    BlockId,
+    assemble,
+    flat_rows,
+    layout,
+)
+from litgpt.model import GPT, Block, LLaMAMoE, RMSNorm
 from litgpt.safetensorfile import HFReader
 from litgpt.tensorfile import LitReader, page_memory, row_count
+from litgpt.utils import progress
 
 AHEAD_BYTES = 32 << 20
 """A thread reads so far ahead of what is computed (and one piece at least)."""
@@ -134,6 +145,25 @@ class Stored:
         place = self.place(block)
         end = place.stop if stop is None else place.start + stop
         return self.reader.read_rows(place.tensor, place.start + start, end, into=into)
+
+
+def load_stored(directory: str | os.PathLike[str], dtype: torch.dtype, device: torch.device | str = "cpu") -> GPT:
+    """A model from a lit or a Hugging Face directory, strict, in eval mode; one tensor at a time is read.
+
+    Raises:
+        UserError: as `Stored`.
+    """
+    stored = Stored(directory)
+    config, state = stored.config, {}
+    target = layout(config, "memory", tied=config.tie_embeddings)
+    for name in progress(list(target.parts), f"loading {stored.directory.name}", unit="tensor"):
+        state[name] = assemble(target, name, stored.layout, stored.reader.read_rows).to(device=device, dtype=dtype)
+    if config.tie_embeddings:
+        state[LIT_HEAD] = state[LIT_EMBED]
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
 
 
 class _Stacks:
