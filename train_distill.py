@@ -33,7 +33,7 @@ from litgpt.checkpoint import load_model, read_provenance, require_lit_dir
 from litgpt.cka import MINIMUM_ROWS
 from litgpt.config import Config
 from litgpt.data import Batch
-from litgpt.distill import Distiller, MicroBatch, Reference, StepCka, Totals, evaluate
+from litgpt.distill import Distiller, MicroBatch, Reference, StepCka, TeacherReference, Totals, evaluate
 from litgpt.flops import peak_flops, step_flops
 from litgpt.guards import STOPPED_EXIT_CODE, SpikeWatch, StopRequest
 from litgpt.loaders import training_loader, validation_loaders
@@ -261,6 +261,7 @@ class Trainer:
         # In fp32 under the student's autocast: at step 0 the two are then equal to the last bit.
         base = load_model(settings.base, dtype=torch.float32, device=device)
         self.reference = Reference(base, student, thought_ids, self.distiller.layers)
+        self.anchor: Reference | TeacherReference = self.reference
         frozen: list[GPT] = [base]
         for teacher in self.teachers:
             dtype = torch.float32 if self.fabric.device.type == "cpu" else torch.bfloat16
@@ -268,6 +269,10 @@ class Trainer:
             online = isinstance(teacher, OnlineTeacher)
             teacher.load(dtype=dtype, device=device if online else self.fabric.device)
             frozen += [teacher.model] if teacher.model else []
+        if settings.loss.anchor_to == "teacher":
+            if self.teacher is None or self.teacher.model is None:
+                raise UserError("loss.anchor_to teacher needs a teacher that runs, not a cache or none")
+            self.anchor = TeacherReference(self.teacher.model, self.config.n_layer, self.distiller.layers)
         if run.frozen_dtype == "bfloat16":
             strategy.store_frozen(student, torch.bfloat16)
             strategy.store_frozen(base, torch.bfloat16)
@@ -418,7 +423,8 @@ class Trainer:
             "loss": values[0],
             "ce": values[1],
             "kd": values[2],
-            "cka": 1 - values[3] if cka_weight > 0 else math.nan,
+            "cka": 1 - values[3] if cka_weight > 0 and self.settings.loss.anchor == "cka" else math.nan,
+            **({} if self.settings.loss.anchor == "cka" else {"anchor": values[3] if cka_weight > 0 else math.nan}),
             "balance": values[4],
             "router_z": values[5],
             "cka_weight": cka_weight,
@@ -445,7 +451,7 @@ class Trainer:
         return step_flops(
             self.config,
             self.teacher.config if self.teacher and self.teacher.model else None,
-            self.reference.model.config if cka_weight > 0 else None,
+            self.anchor.model.config if cka_weight > 0 else None,
             self.settings,
             tokens=totals.tokens,
             kd_tokens=totals.kd,
@@ -470,16 +476,17 @@ class Trainer:
         probability, CKA compares each row with all others. So the student (and for CKA the base) reads the step once
         more, without gradient. Nothing is kept but sums, however many micro-batches there are.
         """
-        with_cka = cka_weight > 0 and totals.cka >= MINIMUM_ROWS
+        kind = self.settings.loss.anchor
+        with_cka = cka_weight > 0 and totals.cka >= MINIMUM_ROWS and kind != "mse"  # which is a sum over tokens
         if not with_cka and router_weight == 0:
             return
-        step_cka = StepCka(self._sum_over_ranks) if with_cka else None
+        step_cka = StepCka(self._sum_over_ranks, root=kind == "root_cka") if with_cka else None
         loads = []
         for micro in micros:
             with self.fabric.autocast():
                 layers = self.distiller.layers if with_cka else []
                 load_LE, states = self.distiller.survey(micro.batch, micro.real_N, layers)
-                reference = self.reference.hidden_states(micro.batch) if with_cka else {}
+                reference = self.anchor.hidden_states(micro.batch) if with_cka else {}
             loads.append(load_LE)
             if step_cka:
                 step_cka.update(states, reference, micro.cka_BT)
@@ -499,7 +506,7 @@ class Trainer:
         ]
         if cka_weight > 0:
             with self.fabric.autocast():
-                micro.reference = self.reference.hidden_states(micro.batch)
+                micro.reference = self.anchor.hidden_states(micro.batch)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return cast(Tensor, self.fabric.all_reduce(values, reduce_op="sum"))

@@ -455,7 +455,24 @@ def _moved(m: dict[str, Tensor], n: int, d: Tensor, e: Tensor) -> dict[str, Tens
     return moved | {name: m[name] for name in ("apart", "size", "cosine") if name in m}
 
 
-def cka_share(states_BTD: Tensor, reference_BTC: Tensor, keep_BT: Tensor, step: StreamingCKA, value: float) -> Tensor:
+def corresponding(depth_a: int, depth_b: int) -> list[tuple[int, int]]:
+    """Layers of networks of different depth: each of a with the one as far along in b, first and last included."""
+    return [(i, round(i * (depth_b - 1) / max(depth_a - 1, 1))) for i in range(depth_a)]
+
+
+LEAST_CKA = 1e-4
+"""Under the root: below it (unrelated networks, and the unbiased estimate may be negative) the slope would explode."""
+
+
+def cka_share(
+    states_BTD: Tensor,
+    reference_BTC: Tensor,
+    keep_BT: Tensor,
+    step: StreamingCKA,
+    value: float,
+    *,
+    root: bool = False,
+) -> Tensor:
     """One micro-batch's share of 1 - CKA over a whole optimizer step, with the exact gradient.
 
     CKA is a ratio of sums over all pairs of rows, so no micro-batch can compute its part alone. But its gradient at a
@@ -468,12 +485,16 @@ def cka_share(states_BTD: Tensor, reference_BTC: Tensor, keep_BT: Tensor, step: 
         keep_BT: which tokens are rows.
         step: has seen exactly these rows and those of the step's other micro-batches.
         value: `step.result()`.
+        root: of 1 - sqrt(CKA) instead (Dasgupta and Cohn, ICLR 2025).
 
     Returns:
-        a scalar in fp64: this micro-batch's part of the rows times 1 - value. Beside a forward pass of both networks
+        a scalar in fp64: this micro-batch's part of the rows times the loss. Beside a forward pass of both networks
         that `step` cost, this costs 2 N D (D + C) multiplications in fp64 and the memory of D² + C² + D·C numbers.
     """
     x_ND = states_BTD[keep_BT]
     gradient_ND = step.gradient(x_ND, reference_BTC[keep_BT])
     moving = (x_ND.double() * gradient_ND).sum()
+    if root:
+        value = max(value, LEAST_CKA) ** 0.5
+        moving = moving / (2 * value)
     return len(x_ND) / step.n * (1 - value) - (moving - moving.detach())

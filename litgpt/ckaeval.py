@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from litgpt.chat import Span
-from litgpt.cka import MINIMUM_ROWS, OUTLIER_FACTOR, Likeness, StreamingCKA, ordinary_rows, select_rows
+from litgpt.cka import MINIMUM_ROWS, OUTLIER_FACTOR, Likeness, StreamingCKA, corresponding, ordinary_rows, select_rows
 from litgpt.ckasample import Spread, layer_map, spread
 from litgpt.data import Batch
 from litgpt.model import GPT, Block, LLaMAMoE
@@ -76,11 +76,6 @@ class Dropped(NamedTuple):
 
     first: int
     outliers: int
-
-
-def corresponding(depth_a: int, depth_b: int) -> list[tuple[int, int]]:
-    """Layers of networks of different depth, each of a with the one as far along in b, as 28 → 40 in TinyBERT's way."""
-    return [(i, round(i * (depth_b - 1) / max(depth_a - 1, 1))) for i in range(depth_a)]
 
 
 class Comparison:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from litgpt.balance import balance_loss, z_loss
 from litgpt.chat import Span
-from litgpt.cka import MINIMUM_ROWS, StreamingCKA, cka_share, select_rows
+from litgpt.cka import MINIMUM_ROWS, StreamingCKA, cka_share, corresponding, select_rows
 from litgpt.data import Batch
 from litgpt.generate import generate_batch
-from litgpt.losses import DistillTerms, Divergence, Head, TeacherTargets, cka_loss, distill_terms
+from litgpt.losses import DistillTerms, Divergence, Head, TeacherTargets, cka_loss, distill_terms, mse_anchor
 from litgpt.model import GPT, Output
 from litgpt.recipe import LossSettings
 from litgpt.routing import Choices, RouterStats, expert_counts
@@ -112,10 +112,11 @@ class StepCka:
 
     Args:
         sum_over_ranks: an all-reduce of one tensor.
+        root: 1 - sqrt(CKA) in place of 1 - CKA.
     """
 
-    def __init__(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
-        self._sum = sum_over_ranks
+    def __init__(self, sum_over_ranks: Callable[[Tensor], Tensor], *, root: bool = False) -> None:
+        self._sum, self._root = sum_over_ranks, root
         self._layers: dict[int, StreamingCKA] = {}
         self._values: dict[int, float] = {}
 
@@ -141,7 +142,7 @@ class StepCka:
     def share(self, states: Mapping[int, Tensor], reference: Mapping[int, Tensor], keep_BT: Tensor) -> Tensor:
         """One micro-batch's part of the mean over layers of 1 - CKA, see `litgpt.cka.cka_share`."""
         shares = [
-            cka_share(states[layer], reference[layer], keep_BT, streaming, self._values[layer])
+            cka_share(states[layer], reference[layer], keep_BT, streaming, self._values[layer], root=self._root)
             for layer, streaming in self._layers.items()
         ]
         return torch.stack(shares).mean()
@@ -185,6 +186,11 @@ class MicroBatch:
         cka_BT = select_rows(
             batch.spans_BT, batch.documents_BT, keep_spans=[Span[name.upper()] for name in settings.cka_spans]
         )
+        if settings.cka_rows is not None and cka_BT.sum() > settings.cka_rows:
+            # The seed follows from the batch, so that a resumed run draws the same.
+            generator = torch.Generator().manual_seed(int(batch.ids_BT.sum()))
+            key_BT = torch.where(cka_BT, torch.rand(cka_BT.shape, generator=generator), 2.0)
+            cka_BT = key_BT <= key_BT.flatten().kthvalue(settings.cka_rows).values
         real_BT = batch.documents_BT >= 0
         self.teacher_batches: list[TeacherBatch] = [view.batch(batch) for view in views]
         # Counted before anything moves: on the CPU this waits for no device.
@@ -280,6 +286,32 @@ class Reference:
         return output.hidden_states
 
 
+class TeacherReference:
+    """The teacher as what CKA compares the student's hidden states with, in place of the base.
+
+    It reads the student's ids, the thought tags among them, for which it has no trained rows: a few tokens of a
+    dialogue that it does not understand.
+
+    Args:
+        model: the teacher, loaded.
+        depth: layers of the student.
+        layers: of the student; each is compared with the teacher's that is as far along (28 → 40: 13 with 19).
+    """
+
+    def __init__(self, model: GPT, depth: int, layers: Sequence[int]) -> None:
+        self.model = model
+        matched = dict(corresponding(depth, model.config.n_layer))
+        self.layers = {layer: matched[layer] for layer in layers}
+
+    @torch.no_grad()
+    def hidden_states(self, batch: Batch) -> dict[int, Tensor]:
+        """Residual stream [B, T, C] of the teacher, by the student's layer."""
+        output: Output = self.model(
+            batch.ids_BT, documents_BT=batch.documents_BT, layers=sorted(set(self.layers.values())), return_logits=False
+        )
+        return {layer: output.hidden_states[theirs] for layer, theirs in self.layers.items()}
+
+
 # A plain class, as MicroBatch, so that the precision plugin leaves its numbers in fp64.
 class StepTerms:
     """The parts of one micro-batch's loss, each already divided by the step's totals; detached.
@@ -317,7 +349,12 @@ class Distiller(nn.Module):
         with_rows = thought_ids is not None and "thought_tokens" in self.parts
         self.rows = ThoughtRows(student, thought_ids or ()) if with_rows else None
         self.settings = settings
-        self.layers = cka_layers(student.config.n_layer, settings.cka_every)
+        depth = student.config.n_layer
+        self.layers = cka_layers(depth, settings.cka_every)
+        if settings.cka_layers is not None:
+            self.layers = sorted(set(settings.cka_layers))
+            if self.layers[-1] >= depth:
+                raise UserError(f"loss.cka_layers is {settings.cka_layers}, and the student has {depth} layers")
 
     def forward(
         self, micro: MicroBatch, totals: Totals, cka_weight: float, router_weight: float | None = None
@@ -346,8 +383,14 @@ class Distiller(nn.Module):
         ce, kd = terms.ce / (totals.ce or 1.0), terms.kd / (totals.kd or 1.0)
         cka = ce.new_zeros(())
         if with_cka:
-            of_micro = cka_loss if micro.step_cka is None else micro.step_cka.share
-            cka = of_micro(output.hidden_states, micro.reference, micro.cka_BT).to(ce.dtype)
+            states = (output.hidden_states, micro.reference, micro.cka_BT)
+            if weights.anchor == "mse":
+                cka = mse_anchor(*states) / totals.cka
+            elif micro.step_cka is None:
+                cka = cka_loss(*states, root=weights.anchor == "root_cka")
+            else:
+                cka = micro.step_cka.share(*states)
+            cka = cka.to(ce.dtype)
         own_LE = expert_counts(output.routing, micro.real_N)
         load_LE = own_LE if micro.load_LE is None else micro.load_LE
         balance = z = ce.new_zeros(())

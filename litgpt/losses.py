@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litgpt.cka import linear_cka
+from litgpt.cka import LEAST_CKA, linear_cka
 from litgpt.divergence import Divergence, KdKind, Signal, Task, score_rows
 from litgpt.utils import UserError
 
@@ -45,6 +45,7 @@ __all__ = [
     "cka_loss",
     "distill_terms",
     "falling_weight",
+    "mse_anchor",
 ]
 
 
@@ -424,8 +425,10 @@ def _multiply_add_(total: Tensor, a: Tensor, b: Tensor) -> None:
         part += _multiply(some, b)
 
 
-def cka_loss(student: Mapping[int, Tensor], reference: Mapping[int, Tensor], keep_BT: Tensor) -> Tensor:
-    """Mean over layers of 1 - CKA between the student's and the reference's hidden states, 0 when they agree.
+def cka_loss(
+    student: Mapping[int, Tensor], reference: Mapping[int, Tensor], keep_BT: Tensor, *, root: bool = False
+) -> Tensor:
+    """Mean over layers of 1 - CKA (`root`: 1 - sqrt(CKA)) of the student's and the reference's states; 0 if they agree.
 
     Args:
         student: hidden states [B, T, D] by layer.
@@ -440,7 +443,24 @@ def cka_loss(student: Mapping[int, Tensor], reference: Mapping[int, Tensor], kee
     """
     if set(student) != set(reference) or not student:
         raise ValueError(f"CKA needs the same layers of both: got {sorted(student)} and {sorted(reference)}")
-    layers = [1 - linear_cka(student[i][keep_BT], reference[i][keep_BT].detach()) for i in sorted(student)]
+    values = torch.stack([linear_cka(student[i][keep_BT], reference[i][keep_BT].detach()) for i in sorted(student)])
+    return (1 - (values.clamp_min(LEAST_CKA).sqrt() if root else values)).mean()
+
+
+def mse_anchor(student: Mapping[int, Tensor], reference: Mapping[int, Tensor], keep_BT: Tensor) -> Tensor:
+    """Σ over kept tokens of |x − y|² / |y|², mean over layers: how far the student's states are from the reference's.
+
+    A sum, so that micro-batches add up; who calls divides by the tokens of all (REPINA, arXiv 2106.02102, with the
+    identity as its map, and scaled so that no layer outweighs the others).
+
+    Args:
+        student, reference, keep_BT: as of `cka_loss`, with states of one width.
+    """
+    layers = []
+    for i in sorted(student):
+        dtype = torch.promote_types(student[i].dtype, torch.float32)
+        x_ND, y_ND = student[i][keep_BT].to(dtype), reference[i][keep_BT].detach().to(dtype)
+        layers.append(((x_ND - y_ND).square().sum(1) / y_ND.square().sum(1).clamp_min(1e-12)).sum())
     return torch.stack(layers).mean()
 
 

@@ -46,6 +46,10 @@ FREE_SETTINGS = {
 PLACEMENT = {"run.strategy", "run.shard_size", "run.offload"}
 
 
+Anchor = Literal["cka", "root_cka", "mse"]
+AnchorTo = Literal["base", "teacher"]
+
+
 @dataclass
 class LossSettings:
     """What the student is taught, and how much each part weighs."""
@@ -68,14 +72,25 @@ class LossSettings:
     teacher_view: View = "strip"
     """What the teacher reads: strip (no thought, its own empty think block), native (the thought in its own tags) or
     mask (the student's ids)."""
+    anchor: Anchor = "cka"
+    """What holds the student's hidden states to the base's, weighted by cka_weight: cka (1 - CKA), root_cka (1 - sqrt
+    of CKA, steeper where they are far apart) or mse (squared distance over squared length, for comparison: it also
+    forbids rotations and other scales)."""
+    anchor_to: AnchorTo = "base"
+    """Whose hidden states those are: base, or teacher (its layers as far along; it reads the student's ids and must
+    run, not come from a cache)."""
     cka_weight: float = 0.05
-    """Weight of 1 - CKA between student and dense base at the first step."""
+    """Weight of the anchor, by default 1 - CKA between student and dense base, at the first step."""
     cka_weight_end: float = 0.0
     """The same from cka_fraction of training on."""
     cka_fraction: float = 0.5
     """Share of training over which the CKA weight falls, linearly."""
     cka_every: int = 4
     """CKA looks at every n-th layer and at the last."""
+    cka_layers: list[int] | None = None
+    """Or at these layers."""
+    cka_rows: int | None = None
+    """At most so many tokens of a micro-batch are rows of CKA, drawn by its ids; all, if not given."""
     cka_spans: list[SpanName] = field(default_factory=lambda: ["prompt", "thought", "answer"])
     """Spans whose tokens are rows of CKA; padding and the first token of a dialogue never are."""
     on_policy: float = 0.0
@@ -117,6 +132,14 @@ class LossSettings:
             raise UserError("loss: expected on_policy in 0 ... 1 and on_policy_temperature in 0.01 ... 100")
         if self.on_policy > 0 and self.kd_weight == 0:
             raise UserError("loss.on_policy: there is no teacher to score the student's replies with kd_weight 0")
+        if self.anchor == "mse" and self.anchor_to == "teacher":
+            raise UserError(
+                "loss.anchor mse compares equally wide states: with anchor_to teacher choose cka or root_cka"
+            )
+        if self.cka_rows is not None and self.cka_rows < 4:
+            raise UserError(f"loss.cka_rows is {self.cka_rows}: CKA needs at least 4")
+        if self.cka_layers is not None and (not self.cka_layers or min(self.cka_layers) < 0):
+            raise UserError(f"loss.cka_layers is {self.cka_layers}: expected layer numbers from 0")
         self.divergence()
 
     def router_weight_at(self, step: int, steps: int) -> float:

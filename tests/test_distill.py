@@ -14,7 +14,7 @@ from litgpt.chat import Span
 from litgpt.checkpoint import load_model
 from litgpt.cka import linear_cka
 from litgpt.data import PackedLoader, read_records
-from litgpt.distill import Distiller, MicroBatch, Reference, StepCka, Totals, cka_layers, evaluate
+from litgpt.distill import Distiller, MicroBatch, Reference, StepCka, TeacherReference, Totals, cka_layers, evaluate
 from litgpt.recipe import LossSettings
 from litgpt.teacher import OnlineTeacher, TeacherView
 from litgpt.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ class Step:
     """One optimizer step's losses on the whole training set, in float64."""
 
     def __init__(self, world: World, micro_batch_size: int, **weights: Any) -> None:
-        self.settings = LossSettings(cka_every=1, **weights)
+        self.settings = LossSettings(**({"cka_every": 1} | weights))
         tokenizer = Tokenizer(world.student)
         self.loader = PackedLoader(
             read_records(world.train), tokenizer, max_seq_length=320, micro_batch_size=micro_batch_size, seed=1
@@ -53,7 +53,7 @@ class Step:
     def backward(self, cka_weight: float = 0.0) -> Tensor:
         """Sum of the terms [ce, kd, cka, balance, z] over the micro-batches, with gradients in the parameters."""
         several = len(self.micros) > 1
-        step_cka = StepCka(lambda tensor: tensor)
+        step_cka = StepCka(lambda tensor: tensor, root=self.settings.anchor == "root_cka")
         loads = []
         for micro in self.micros:
             load_LE, states = self.distiller.survey(micro.batch, micro.real_N, self.distiller.layers)
@@ -153,12 +153,13 @@ def test_cutting_the_step_otherwise_changes_nothing_but_rounding(world: World) -
             torch.testing.assert_close(gradient, whole.gradients()[name], rtol=1e-5, atol=1e-9)
 
 
-def test_cka_of_a_step_is_that_of_all_its_rows_however_it_is_cut(world: World) -> None:
-    """Value and gradient against autograd through `linear_cka` of the rows put together."""
+@pytest.mark.parametrize("anchor", ["cka", "root_cka", "mse"])
+def test_the_anchor_of_a_step_is_that_of_all_its_rows_however_it_is_cut(world: World, anchor: str) -> None:
+    """Value and gradient against autograd through the formula on the rows put together."""
     rows = len(Step(world, 1).micros)
     sums, gradients = [], []
     for size in (rows, 2, 1):
-        step = Step(world, size, task_weight=0.0, kd_weight=0.0, router_weight=0.0)
+        step = Step(world, size, task_weight=0.0, kd_weight=0.0, router_weight=0.0, anchor=anchor)
         with torch.no_grad():
             dict(step.distiller.named_parameters())[f"{FIRST}.experts.down_proj"][0].mul_(3)
         assert len({int(micro.cka_BT.sum()) for micro in step.micros}) > 1 or size == rows
@@ -175,7 +176,13 @@ def test_cka_of_a_step_is_that_of_all_its_rows_however_it_is_cut(world: World) -
         for layer in x:
             x[layer].append(output.hidden_states[layer][micro.cka_BT])
             y[layer].append(reference[layer][micro.cka_BT])
-    expected = torch.stack([1 - linear_cka(torch.cat(x[layer]), torch.cat(y[layer])) for layer in x]).mean()
+
+    def of(x_ND: Tensor, y_ND: Tensor) -> Tensor:
+        if anchor == "mse":
+            return ((x_ND - y_ND).norm(dim=1) / y_ND.norm(dim=1)).square().mean()
+        return 1 - (linear_cka(x_ND, y_ND).sqrt() if anchor == "root_cka" else linear_cka(x_ND, y_ND))
+
+    expected = torch.stack([of(torch.cat(x[layer]), torch.cat(y[layer])) for layer in x]).mean()
     expected.backward()
     assert float(expected.detach()) > 1e-4
     assert sums == pytest.approx([float(expected.detach())] * 3, rel=1e-9)
@@ -183,6 +190,33 @@ def test_cka_of_a_step_is_that_of_all_its_rows_however_it_is_cut(world: World) -
         assert set(found) == set(whole.gradients())
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, whole.gradients()[name], rtol=1e-8, atol=1e-12)
+
+
+def test_the_anchor_may_look_at_named_layers_and_at_few_rows(world: World) -> None:
+    step = Step(world, 2, cka_layers=[1], cka_rows=20)
+    assert step.distiller.layers == [1]
+    again = Step(world, 2, cka_layers=[1], cka_rows=20)
+    for micro, same, whole in zip(step.micros, again.micros, Step(world, 2).micros, strict=True):
+        assert micro.counts.cka == int(micro.cka_BT.sum()) == 20 < whole.counts.cka
+        assert bool((whole.cka_BT | ~micro.cka_BT).all()) and torch.equal(micro.cka_BT, same.cka_BT)
+    with pytest.raises(UserError, match="the student has 2 layers"):
+        Step(world, 2, cka_layers=[2])
+    for wrong, why in (({"cka_rows": 3}, "at least 4"), ({"cka_layers": []}, "layer numbers"),
+                       ({"anchor": "mse", "anchor_to": "teacher"}, "equally wide")):  # fmt: skip
+        with pytest.raises(UserError, match=why):
+            LossSettings(**wrong)
+
+
+def test_the_teacher_as_reference_gives_its_layers_that_are_as_far_along(world: World) -> None:
+    step = Step(world, 2)
+    model = step.teacher.model
+    assert model is not None and model.config.n_layer == 3
+    reference = TeacherReference(model, 2, [0, 1])
+    batch = step.micros[0].batch
+    states = reference.hidden_states(batch)
+    whole = model(batch.ids_BT, documents_BT=batch.documents_BT, layers=range(3)).hidden_states
+    assert torch.equal(states[0], whole[0]) and torch.equal(states[1], whole[2])
+    assert states[1].shape[-1] == 48 and not states[1].requires_grad
 
 
 def test_a_micro_batch_of_padding_alone_has_a_gradient_of_zero(world: World) -> None:

@@ -15,7 +15,8 @@ import yaml
 import eval_cka
 from eval_cka import Reading, shared_tokenizer
 from litgpt.chat import Span
-from litgpt.ckaeval import SITES, Comparison, Found, corresponding
+from litgpt.cka import corresponding
+from litgpt.ckaeval import SITES, Comparison, Found
 from litgpt.model import GPT
 from litgpt.stored import load_stored
 from litgpt.utils import UserError

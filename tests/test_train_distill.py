@@ -702,3 +702,28 @@ def test_two_epochs_of_a_loader_make_the_steps(world: World, tmp_path: Path) -> 
     trainer = make_trainer(world, tmp_path, optim__steps=None, optim__epochs=2.0)
     assert isinstance(trainer.loader, PackedLoader)
     assert trainer.steps == len(trainer.loader)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [{"anchor": "root_cka"}, {"anchor": "mse"}, {"anchor_to": "teacher"}, {"cka_rows": 16, "cka_layers": [0]}],
+    ids=["root", "mse", "teacher", "few rows"],
+)
+def test_every_anchor_trains(world: World, tmp_path: Path, loss: dict[str, Any]) -> None:
+    settings = {f"loss__{key}": value for key, value in loss.items()}
+    trainer = make_trainer(world, tmp_path / "out", loss__cka_weight=1.0, loss__cka_weight_end=1.0, **settings)
+    trainer.run()
+    with open(tmp_path / "out" / "metrics.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["loss"]]
+    name = "anchor" if "anchor" in loss else "cka"
+    values = [float(row[name]) for row in rows]
+    assert all(math.isfinite(value) for value in values)
+    if loss == {"anchor_to": "teacher"}:
+        assert all(value < 0.9 for value in values)  # another network from the start
+    else:
+        assert values[0] == pytest.approx(0.0 if name == "anchor" else 1.0, abs=1e-3)
+
+
+def test_a_cache_is_no_anchor(world: World, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs a teacher that runs"):
+        make_trainer(world, tmp_path / "out", loss__anchor_to="teacher", loss__kd_weight=0.0).run()
