@@ -12,7 +12,7 @@ first position) makes any two networks look alike, so `select_rows` drops positi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -233,25 +233,27 @@ OUTLIER_FACTOR = 10.0
 (Sun et al. 2024, arXiv 2402.17762), while ordinary norms stay within a factor of 3."""
 
 
-def ordinary_rows(x_ND: Tensor, documents_N: Tensor, *, factor: float = OUTLIER_FACTOR) -> Tensor:
-    """Which rows have a norm of at most `factor` times the median of their document.
+def ordinary_rows(states: Sequence[Tensor], documents_N: Tensor, *, factor: float = OUTLIER_FACTOR) -> Tensor:
+    """Which rows have a norm of at most `factor` times the median of their document, in every representation.
 
     Sinks also form behind position 0 (on the first line break, say), and a handful of them is all that CKA then sees.
     The rule looks at one document at a time, so the answer does not depend on how documents are batched.
 
     Args:
-        x_ND: representations, rows are tokens.
-        documents_N: document number of each.
+        states: representations [N, D] of the same tokens, of any width each.
+        documents_N: document number of each token.
         factor: infinity keeps all.
 
     Returns:
         a boolean mask [N].
     """
-    norms_N = torch.linalg.vector_norm(x_ND.detach().float(), dim=1)
+    norms_PN = torch.stack([torch.linalg.vector_norm(x_ND.detach().float(), dim=1) for x_ND in states])
     keep_N = torch.ones_like(documents_N, dtype=torch.bool)
-    for document in documents_N.unique():
-        own_N = documents_N == document
-        keep_N[own_N] = norms_N[own_N] <= factor * norms_N[own_N].median()
+    order_N = documents_N.argsort(stable=True)
+    _, lengths = documents_N.unique(return_counts=True)
+    for own in order_N.split(lengths.tolist()):
+        norms_Pn = norms_PN[:, own]
+        keep_N[own] = (norms_Pn <= factor * norms_Pn.median(dim=1, keepdim=True).values).all(dim=0)
     return keep_N
 
 

@@ -21,7 +21,7 @@ from litgpt.cka import MINIMUM_ROWS, OUTLIER_FACTOR, Likeness, StreamingCKA, cor
 from litgpt.ckasample import Spread, layer_map, spread
 from litgpt.data import Batch
 from litgpt.model import GPT, Block, LLaMAMoE
-from litgpt.utils import UserError
+from litgpt.utils import UserError, progress
 
 Site = Literal["block", "attention", "mlp"]
 SITES: tuple[Site, ...] = ("block", "attention", "mlp")
@@ -163,10 +163,8 @@ class Comparison:
         states = {name: self._read(name, model, batch, kept_BT) for name, model in self.models.items()}
         ordinary_N = torch.ones(len(sequences_N), dtype=torch.bool, device=device)
         if self.outlier_factor != float("inf"):
-            for name, model in self.models.items():
-                for layer in range(model.config.n_layer):
-                    x_ND = states[name][Place("block", layer)]
-                    ordinary_N &= ordinary_rows(x_ND, sequences_N, factor=self.outlier_factor)
+            blocks = [x_ND for of in states.values() for place, x_ND in of.items() if place.site == "block"]
+            ordinary_N = ordinary_rows(blocks, sequences_N, factor=self.outlier_factor)
         self.dropped = Dropped(self.dropped.first + first, self.dropped.outliers + int((~ordinary_N).sum()))
         if not ordinary_N.all():
             states = {name: {place: x_ND[ordinary_N] for place, x_ND in of.items()} for name, of in states.items()}
@@ -222,8 +220,11 @@ class Comparison:
         self._thin()
         return self._sample[name, site][0], self._sample_sequences[0]
 
-    def found(self) -> list[Found]:
+    def found(self, *, spreads: bool = True) -> list[Found]:
         """The figures of every pair.
+
+        Args:
+            spreads: also intervals, floor and ceiling, from the sample.
 
         Raises:
             UserError: fewer than 4 rows.
@@ -234,8 +235,14 @@ class Comparison:
                 f"{self.rows} tokens in the spans {names}: CKA needs at least {MINIMUM_ROWS}; choose other --spans"
             )
         return [
-            Found(pair, stream.result(), stream.result(unbiased=False), stream.likeness(), self._spread(pair))
-            for pair, stream in self._streams.items()
+            Found(
+                pair,
+                stream.result(),
+                stream.result(unbiased=False),
+                stream.likeness(),
+                self._spread(pair) if spreads else None,
+            )
+            for pair, stream in progress(list(self._streams.items()), "comparing", unit="pair")
         ]
 
     def _spread(self, pair: Pair) -> Spread | None:

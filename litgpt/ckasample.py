@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from litgpt.cka import MINIMUM_ROWS, centred, full_precision, hsic1_from_moments
+from litgpt.cka import MINIMUM_ROWS, centred, full_precision, hsic1_from_moments, linear_cka
 
 SLICE_ELEMENTS = 1 << 25
 """Of the slices of Gram matrices that are in memory at a time."""
@@ -67,8 +67,10 @@ class Spread(NamedTuple):
     """Of the first network with itself: 1, or the arithmetic is at fault."""
 
 
-RESAMPLES = 400
+RESAMPLES = 200
 SHUFFLES = 20
+GATHER_COST = 64
+"""Multiplications that one element of a permuted Gram matrix costs, roughly."""
 
 
 def spread(x_ND: Tensor, y_NC: Tensor, sequences_N: Tensor, *, seed: int = 1337) -> Spread:
@@ -93,17 +95,21 @@ def spread(x_ND: Tensor, y_NC: Tensor, sequences_N: Tensor, *, seed: int = 1337)
     generator = torch.Generator().manual_seed(seed)
     with full_precision(x_ND.device):
         dtype = torch.promote_types(x_ND.dtype, y_NC.dtype)
-        k_NN, l_NN = (_gram_without_diagonal(rows.to(dtype)) for rows in (x_ND, y_NC))
-        all_1N = k_NN.new_ones(1, n)
-        own = [_hsic1_of_subsets(a, a, all_1N) for a in (k_NN, l_NN)]
-        scale = (own[0] * own[1]).sqrt()
-        value = float(_hsic1_of_subsets(k_NN, l_NN, all_1N) / scale)
-        shuffled = [
-            float(_hsic1_of_subsets(k_NN, l_NN[order][:, order], all_1N) / scale)
-            for order in (torch.randperm(n, generator=generator).to(k_NN.device) for _ in range(SHUFFLES))
-        ]
-        low, high = _interval(k_NN, l_NN, sequences_N, value, generator)
-        ceiling = float(_hsic1_of_subsets(k_NN, k_NN, all_1N) / own[0])
+        x_ND, y_NC = centred(x_ND.to(dtype)), centred(y_NC.to(dtype))
+        k_NN, l_NN = x_ND @ x_ND.T, y_NC @ y_NC.T
+        k_N, l_N = k_NN.diagonal().clone(), l_NN.diagonal().clone()
+        scale = (_hsic1(k_NN.square().sum(), k_N, k_N) * _hsic1(l_NN.square().sum(), l_N, l_N)).sqrt()
+        value = float(_hsic1((k_NN * l_NN).sum(), k_N, l_N) / scale)
+        shuffled = []
+        for _ in range(SHUFFLES):
+            order = torch.randperm(n, generator=generator).to(k_NN.device)
+            if x_ND.shape[1] * y_NC.shape[1] < GATHER_COST * n:
+                product = (x_ND.T @ y_NC[order]).square().sum()
+            else:
+                product = (k_NN * l_NN[order][:, order]).sum()
+            shuffled.append(float(_hsic1(product, k_N, l_N[order]) / scale))
+        low, high = _interval(k_NN.fill_diagonal_(0), l_NN.fill_diagonal_(0), sequences_N, value, generator)
+        ceiling = float(linear_cka(x_ND, x_ND))
     return Spread(value, low, high, max(shuffled), ceiling)
 
 
@@ -116,7 +122,7 @@ def _interval(
     halves_RS = torch.rand(RESAMPLES, len(names), generator=generator).argsort(1) < len(names) // 2
     rows_RN = halves_RS.to(member_N.device)[:, member_N]
     rows_RN = rows_RN[rows_RN.sum(1) >= MINIMUM_ROWS].to(k_NN.dtype)
-    xy, xx, yy = (_hsic1_of_subsets(a, b, rows_RN) for a, b in ((k_NN, l_NN), (k_NN, k_NN), (l_NN, l_NN)))
+    xy, xx, yy = _hsic1_of_subsets(k_NN, l_NN, rows_RN)
     apart = (xy / (xx * yy).sqrt()).double() - value
     apart = apart[apart.isfinite()]
     if len(apart) < RESAMPLES // 2:
@@ -125,16 +131,23 @@ def _interval(
     return value - high, value - low
 
 
-def _gram_without_diagonal(x_ND: Tensor) -> Tensor:
-    x_ND = centred(x_ND)
-    return (x_ND @ x_ND.T).fill_diagonal_(0)
+def _hsic1(product: Tensor, k_N: Tensor, l_N: Tensor) -> Tensor:
+    k_N, l_N = k_N.double(), l_N.double()
+    return hsic1_from_moments(product.double(), (k_N * l_N).sum(), k_N.sum(), l_N.sum(), len(k_N))
 
 
-def _hsic1_of_subsets(k_NN: Tensor, l_NN: Tensor, rows_RN: Tensor) -> Tensor:
-    """HSIC₁ (times n (n - 3)) of R subsets of the rows, given as 0 and 1; needs no centring. fp64 [R]."""
+def _hsic1_of_subsets(k_NN: Tensor, l_NN: Tensor, rows_RN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """HSIC₁ (times n (n - 3)) of x and y, x and x, y and y, for R subsets of the rows, given as 0 and 1; fp64 [R].
+
+    The Gram matrices have no diagonal; they need not be centred about each subset's mean.
+    """
     n_R = rows_RN.sum(1).double()
-    k_RN, l_RN = rows_RN @ k_NN, rows_RN @ l_NN
-    pairs_R = ((rows_RN @ (k_NN * l_NN)) * rows_RN).sum(1).double()
-    sums_R = (k_RN * rows_RN).sum(1).double() * (l_RN * rows_RN).sum(1).double()
-    crossed_R = (k_RN * l_RN * rows_RN).sum(1).double()
-    return pairs_R + sums_R / ((n_R - 1) * (n_R - 2)) - 2 * crossed_R / (n_R - 2)
+    sums_RN = {"k": rows_RN @ k_NN, "l": rows_RN @ l_NN}
+    totals_R = {name: (sums * rows_RN).sum(1).double() for name, sums in sums_RN.items()}
+
+    def hsic1(a: str, b: str, product_NN: Tensor) -> Tensor:
+        pairs_R = ((rows_RN @ product_NN) * rows_RN).sum(1).double()
+        crossed_R = (sums_RN[a] * sums_RN[b] * rows_RN).sum(1).double()
+        return pairs_R + totals_R[a] * totals_R[b] / ((n_R - 1) * (n_R - 2)) - 2 * crossed_R / (n_R - 2)
+
+    return hsic1("k", "l", k_NN * l_NN), hsic1("k", "k", k_NN * k_NN), hsic1("l", "l", l_NN * l_NN)

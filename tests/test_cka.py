@@ -262,14 +262,15 @@ def test_outlying_rows_inside_a_document_fool_cka_and_are_dropped_however_docume
     x, y = torch.randn(8 * 64, 128, generator=generator), torch.randn(8 * 64, 128, generator=generator)
     documents = torch.arange(8).repeat_interleave(64)
     x[7::64, 3] = y[7::64, 5] = 3000.0  # behind position 0
-    keep = ordinary_rows(x, documents) & ordinary_rows(y, documents)
+    keep = ordinary_rows([x, y], documents)
+    assert torch.equal(keep, ordinary_rows([x], documents) & ordinary_rows([y], documents))
     assert keep.sum() == 8 * 63 and not keep[7::64].any()
     assert linear_cka(x, y).item() > 0.99
     assert abs(linear_cka(x[keep], y[keep]).item()) < 0.05
     assert torch.equal(
-        torch.cat([ordinary_rows(x[rows], documents[rows]) for rows in torch.arange(512).split(64)]), keep
+        torch.cat([ordinary_rows([x[rows], y[rows]], documents[rows]) for rows in torch.arange(512).split(64)]), keep
     )
-    assert ordinary_rows(x, documents, factor=float("inf")).all()
+    assert ordinary_rows([x], documents, factor=float("inf")).all()
 
 
 @pytest.mark.parametrize("slice_elements", [1 << 25, 200])
