@@ -127,7 +127,7 @@ def rbf_cka(x_ND: Tensor, y_NC: Tensor, *, bandwidth: float = 0.5, unbiased: boo
         bandwidth: σ as a share of the median distance.
 
     Returns:
-        a scalar fp32 tensor (fp64 for fp64 input), differentiable in both inputs (the medians count as constants).
+        a scalar fp32 tensor (fp64 for fp64 input), differentiable in both inputs, through the medians too.
 
     Raises:
         ValueError: fewer than 4 rows, or row counts that differ.
@@ -148,7 +148,7 @@ def rbf_cka(x_ND: Tensor, y_NC: Tensor, *, bandwidth: float = 0.5, unbiased: boo
 def _gaussian(x_ND: Tensor, bandwidth: float) -> Tensor:
     norms_N = (x_ND * x_ND).sum(1)
     squares_NN = (norms_N[:, None] + norms_N - 2 * x_ND @ x_ND.T).clamp(min=0).fill_diagonal_(0)
-    values = squares_NN.detach().flatten().sort().values  # torch.median takes the lower of the two in the middle
+    values = squares_NN.flatten().sort().values  # torch.median takes the lower of the two in the middle
     median = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
     return torch.exp(-squares_NN / (2 * bandwidth**2 * median.clamp_min(torch.finfo(x_ND.dtype).tiny)))
 

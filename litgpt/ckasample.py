@@ -1,7 +1,8 @@
 """What CKA needs all pairs of rows for, on a sample of them: the map of all layers, intervals, floor and ceiling.
 
 A map of L × M layers over a whole data set would keep L · M matrices of D². On a sample of N rows each layer has one
-Gram matrix N × N, and all pairs of layers are one product of these, in slices of rows.
+Gram matrix N × N, and all pairs of layers are one product of these, in slices of rows; where layers are few and narrow,
+their covariances are cheaper.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from litgpt.cka import MINIMUM_ROWS, centred, full_precision, hsic1_from_moments
 
 SLICE_ELEMENTS = 1 << 25
 """Of the slices of Gram matrices that are in memory at a time."""
+
+GATHER_COST = 64
+"""Multiplications that it costs, roughly, to move an element of a Gram matrix."""
 
 
 def layer_map(x_NLD: Tensor, y_NMC: Tensor) -> Tensor:
@@ -36,20 +40,41 @@ def layer_map(x_NLD: Tensor, y_NMC: Tensor) -> Tensor:
     with full_precision(x_NLD.device):
         dtype = torch.promote_types(x_NLD.dtype, y_NMC.dtype)
         x, y = ([centred(rows_NLD[:, i].to(dtype)) for i in range(rows_NLD.shape[1])] for rows_NLD in (x_NLD, y_NMC))
-        xy_LM = torch.zeros(L, M, dtype=torch.float64)
-        xx_L, yy_M = torch.zeros(L, dtype=torch.float64), torch.zeros(M, dtype=torch.float64)
-        step = max(1, SLICE_ELEMENTS // ((L + M) * n))
-        for start in range(0, n, step):
-            k, m = (torch.stack([rows[start : start + step] @ rows.T for rows in side]).flatten(1) for side in (x, y))
-            xy_LM += (k @ m.T).double().cpu()
-            xx_L += k.square().sum(1).double().cpu()
-            yy_M += m.square().sum(1).double().cpu()
+        width_x, width_y = x_NLD.shape[2], y_NMC.shape[2]
+        by_gram = n * n * (L * width_x + M * width_y + GATHER_COST * (L + M)) // 2
+        by_covariance = n * (L * width_x**2 + M * width_y**2 + L * M * width_x * width_y)
+        xy_LM, xx_L, yy_M = (_sums_by_covariance if by_covariance < by_gram else _sums_by_gram)(x, y)
         p_LN, q_MN = (torch.stack([rows.square().sum(1) for rows in side]).double().cpu() for side in (x, y))
     p_L, q_M = p_LN.sum(1), q_MN.sum(1)
     xy_LM = hsic1_from_moments(xy_LM, p_LN @ q_MN.T, p_L[:, None], q_M, n)
     xx_L = hsic1_from_moments(xx_L, p_LN.square().sum(1), p_L, p_L, n)
     yy_M = hsic1_from_moments(yy_M, q_MN.square().sum(1), q_M, q_M, n)
     return xy_LM / (xx_L[:, None] * yy_M).sqrt()
+
+
+def _sums_by_gram(x: list[Tensor], y: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ k·m over all elements of the Gram matrices of every x with every y, of each x and of each y with itself."""
+    n = len(x[0])
+    xy_LM = torch.zeros(len(x), len(y), dtype=torch.float64)
+    xx_L, yy_M = torch.zeros(len(x), dtype=torch.float64), torch.zeros(len(y), dtype=torch.float64)
+    step = max(1, SLICE_ELEMENTS // ((len(x) + len(y)) * n))
+    for start in range(0, n, step):
+        end = min(start + step, n)
+        # Symmetric: the columns before this slice are in the earlier ones, so those after it count twice.
+        for columns, times in ((slice(start, end), 1), (slice(end, n), 2)):
+            k, m = (torch.stack([rows[start:end] @ rows[columns].T for rows in side]).flatten(1) for side in (x, y))
+            xy_LM += times * (k @ m.T).double().cpu()
+            xx_L += times * k.square().sum(1).double().cpu()
+            yy_M += times * m.square().sum(1).double().cpu()
+    return xy_LM, xx_L, yy_M
+
+
+def _sums_by_covariance(x: list[Tensor], y: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The same sums as ‖XᵀY‖², which they equal."""
+    beside_y = torch.cat(y, 1)
+    xy_LM = torch.stack([torch.stack([c.square().sum() for c in (a.T @ beside_y).split(y[0].shape[1], 1)]) for a in x])
+    xx_L, yy_M = (torch.stack([(rows.T @ rows).square().sum() for rows in side]) for side in (x, y))
+    return xy_LM.double().cpu(), xx_L.double().cpu(), yy_M.double().cpu()
 
 
 class Spread(NamedTuple):
@@ -69,8 +94,6 @@ class Spread(NamedTuple):
 
 RESAMPLES = 200
 SHUFFLES = 20
-GATHER_COST = 64
-"""Multiplications that one element of a permuted Gram matrix costs, roughly."""
 
 
 def spread(x_ND: Tensor, y_NC: Tensor, sequences_N: Tensor, *, seed: int = 1337) -> Spread:

@@ -166,6 +166,12 @@ def test_unbiased_gaussian_cka_is_the_textbook_on_grams_that_nobody_centred() ->
     assert rbf_cka(x, y, unbiased=True).item() == pytest.approx(expected.item(), abs=1e-10)
 
 
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_the_gradient_of_the_gaussian_kernel(unbiased: bool) -> None:
+    x, y = (rows[:7, :3].clone().requires_grad_() for rows in _correlated(400))
+    assert torch.autograd.gradcheck(lambda a, b: rbf_cka(a, b, unbiased=unbiased), (x, y))
+
+
 def _correlated(n: int, d: int = 20, c: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d, generator=generator, dtype=torch.float64) + 40
@@ -273,12 +279,15 @@ def test_outlying_rows_inside_a_document_fool_cka_and_are_dropped_however_docume
     assert ordinary_rows([x], documents, factor=float("inf")).all()
 
 
-@pytest.mark.parametrize("slice_elements", [1 << 25, 200])
-def test_the_map_is_linear_cka_of_every_pair(monkeypatch: pytest.MonkeyPatch, slice_elements: int) -> None:
+@pytest.mark.parametrize(("rows", "slice_elements"), [(50, 1 << 25), (20, 1 << 25), (20, 1000)])
+def test_the_map_is_linear_cka_of_every_pair(monkeypatch: pytest.MonkeyPatch, rows: int, slice_elements: int) -> None:
+    """With 50 rows covariances are cheaper, with 20 Gram matrices, whole or in slices of 6 rows."""
     monkeypatch.setattr("litgpt.ckasample.SLICE_ELEMENTS", slice_elements)
+    other = {50: "_sums_by_gram", 20: "_sums_by_covariance"}[rows]
+    monkeypatch.delattr(f"litgpt.ckasample.{other}")
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(50, 3, 8, generator=generator, dtype=torch.float64)
-    y = torch.cat((x[:, :2, :6] * 2, torch.randn(50, 3, 6, generator=generator, dtype=torch.float64)), 1)
+    x = torch.randn(rows, 3, 24, generator=generator, dtype=torch.float64)
+    y = torch.cat((x[:, :2, :20] * 2, torch.randn(rows, 3, 20, generator=generator, dtype=torch.float64)), 1)
     found = layer_map(x, y)
     for i, j in itertools.product(range(3), range(5)):
         assert found[i, j].item() == pytest.approx(linear_cka(x[:, i], y[:, j]).item(), abs=1e-10)
