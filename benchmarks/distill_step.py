@@ -120,7 +120,7 @@ def benchmark(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # Apart: what building takes would else be the largest memory of this process, and of whoever it starts.
-        _apart(build, folder, tokenizer_dir, full)
+        _apart(build, folder, tokenizer_dir, *shapes(full), full)
         task = Task(folder, data, dialogues, row, steps, device, threads, cka_every=4 if full else 2)
         _apart(write_cache, task)
         costs: dict[str, list[Cost]] = {name: [] for name in CONTENDERS}
@@ -174,16 +174,21 @@ def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
             return "out of memory"
 
 
-def build(folder: Path, tokenizer_dir: Path, full: bool) -> None:
-    """Random networks of the right shapes, as lit and as Hugging Face directories."""
-    tokenizer = Tokenizer(tokenizer_dir)
+def shapes(full: bool) -> tuple[Config, Config]:
+    """Base and teacher: the recipe's own, or narrow ones."""
     base = Config.from_name("Qwen3-0.6B")
     teacher = Config.from_name("Qwen3-14B")
-    if not full:
-        base = replace(base, n_layer=4, n_embd=256, intermediate_size=768, n_head=4, n_query_groups=2, head_size=64)
-        teacher = replace(
-            teacher, n_layer=8, n_embd=512, intermediate_size=1536, n_head=4, n_query_groups=2, head_size=64
-        )
+    if full:
+        return base, teacher
+    return (
+        replace(base, n_layer=4, n_embd=256, intermediate_size=768, n_head=4, n_query_groups=2, head_size=64),
+        replace(teacher, n_layer=8, n_embd=512, intermediate_size=1536, n_head=4, n_query_groups=2, head_size=64),
+    )
+
+
+def build(folder: Path, tokenizer_dir: Path, base: Config, teacher: Config, half_teacher: bool) -> None:
+    """Random networks of these shapes, as lit and as Hugging Face directories."""
+    tokenizer = Tokenizer(tokenizer_dir)
     generator = torch.Generator().manual_seed(1)
     dense = GPT(base)
     dense.init_weights(std=0.02, generator=generator)
@@ -199,7 +204,7 @@ def build(folder: Path, tokenizer_dir: Path, full: bool) -> None:
     del dense, moe
     large = GPT(teacher)
     large.init_weights(std=0.02, generator=generator)
-    if full:
+    if half_teacher:
         large = large.bfloat16()
     save_lit_dir(folder / "teacher", large.state_dict(), teacher, source_dir=tokenizer_dir, provenance={})
     del large
@@ -259,7 +264,7 @@ def autocast(task: Task) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast("cuda", torch.bfloat16) if task.device == "cuda" else contextlib.nullcontext()
 
 
-def our_step(task: Task, *, cached: bool) -> tuple[Callable[[], tuple[float, float]], int, float]:
+def our_step(task: Task, *, cached: bool) -> tuple[Callable[..., tuple[float, float]], int, float]:
     """The step of `train_distill.py` on one micro-batch; the teacher reads the student's ids, as in the plain loop."""
     device = torch.device(task.device)
     loader, tokenizer = make_loader(task)
@@ -275,11 +280,12 @@ def our_step(task: Task, *, cached: bool) -> tuple[Callable[[], tuple[float, flo
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=task.device == "cuda")
     batch = next(iter(loader))
 
-    def step() -> tuple[float, float]:
+    def step(*, anchored: bool = True) -> tuple[float, float]:
         micro = MicroBatch(batch, settings, [view], device)
         micro.teachers = [teacher.targets(side, micro.targets_N.numel()) for side in micro.teacher_batches]
         with autocast(task):
-            micro.reference = reference.hidden_states(micro.batch)
+            if anchored:
+                micro.reference = reference.hidden_states(micro.batch)
             loss, terms = distiller(micro, Totals(**vars(micro.counts)), 0.05)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -1,9 +1,9 @@
 """Upcycling Qwen3-0.6B to 8 experts, ours against mergekit-moe: wall time and peak memory of whole commands.
 
 All read one random checkpoint of Qwen3-0.6B's shape (bf16, 1.2 GB). mergekit goes from a Hugging Face directory to
-another, which takes 4.9 GB, and proves nothing; ours does the same and proves the result, in float32 alone or, as by
-default, in bfloat16, too. From a lit directory to another it stores equal experts once. A plain write of as many bytes
-is the floor.
+another, which takes 4.9 GB, and proves nothing; ours does the same and reads back and compares every byte, alone or
+with a proof of the function in float32 or, as by default, in bfloat16, too. From a lit directory to another it stores
+equal experts once. A plain write of as many bytes is the floor.
 
     python benchmarks/upcycle.py --work_dir /big/disk --mergekit_python /some/venv/bin/python
 """
@@ -33,6 +33,7 @@ NAME = "Qwen3-0.6B"
 MERGEKIT_LABEL = "mergekit-moe 0.1.5, HF → HF"
 OURS = "**upcycle_moe, HF → HF, proof in fp32 and bf16**"
 OURS_FP32 = "upcycle_moe, HF → HF, proof in fp32"
+OURS_BITS = "upcycle_moe, HF → HF, every byte read back and compared"
 QWEN3_TOKENIZER = ROOT.parent / "shared" / "qwen3_tokenizer"
 
 
@@ -104,7 +105,7 @@ def one_round(folder: Path, hf_dir: Path, mergekit_python: Path) -> dict[str, Co
     shutil.rmtree(theirs)
 
     upcycle, n_bytes = scripts / "upcycle_moe.py", 0
-    for label, dtype in ((OURS, "all"), (OURS_FP32, "float32")):
+    for label, dtype in ((OURS, "all"), (OURS_FP32, "float32"), (OURS_BITS, "none")):
         costs[label] = measure(script(upcycle, checkpoint_dir=hf_dir, out_dir=exported, format="hf", proof_dtype=dtype))
         n_bytes = sum(path.stat().st_size for path in exported.glob("*.safetensors"))
         shutil.rmtree(exported)
@@ -163,7 +164,7 @@ def table(costs: dict[str, Cost]) -> str:
     for label, cost in costs.items():
         lines.append(f"| {label} | {cost.seconds:.1f} | {cost.flushed:.1f} | {cost.peak_bytes / 1e9:.2f} |")
     lines.append("")
-    for label in (OURS, OURS_FP32):
+    for label in (OURS, OURS_FP32, OURS_BITS):
         ours = costs[label]
         lines.append(
             f"{label}: {ours.seconds / mergekit.seconds:.2f} of mergekit-moe's time "

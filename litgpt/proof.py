@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from litgpt.stored import EMBED, HEAD, NORM, Stored, Streamed, same_bits
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError, progress
 
-__all__ = ["SAMPLE_TEXTS", "LayerProof", "Proof", "Sample", "prove", "prove_on"]
+__all__ = ["SAMPLE_TEXTS", "LayerProof", "Proof", "Sample", "changed_bits", "prove", "prove_on"]
 
 SAMPLE_TEXTS = (
     "धान की नर्सरी में बीज बोने से पहले खेत को समतल करें और पानी निकलने का रास्ता बना लें।",
@@ -227,6 +227,31 @@ def prove_on(
     return Proof(name, len(h_dense_ND), *figures, changed=tuple(dict.fromkeys(run.changed)), layers=tuple(run.layers))
 
 
+def changed_bits(
+    dense: Stored, made: Stored, *, added: Collection[int] = (), recipe: Recipe = COPY, seed: int = 0
+) -> tuple[str, ...]:
+    """The part of a proof that needs no arithmetic: the tensors whose bits are not what the recipe makes.
+
+    Args:
+        dense, made, added, recipe, seed: as of `prove_on`.
+
+    Returns:
+        disk names; routers and new rows do not count.
+
+    Raises:
+        UserError: the two are not of one shape.
+    """
+    _require_same_shape(dense, made, recipe)
+    run = _Run(recipe, seed, True)
+    a, b = Streamed(dense, torch.float32), Streamed(made, torch.float32, AHEAD_BYTES)
+    for layer in progress(range(dense.config.n_layer), "reading back", unit="layer"):
+        keep, compare = run.seeing(made)
+        a.show(layer, keep)
+        b.show(layer, compare)
+    run.compare_norm(dense, made)
+    return tuple(dict.fromkeys([*run.changed, *_compare_rows(dense, made, added)]))
+
+
 def _require_same_shape(dense: Stored, made: Stored, recipe: Recipe) -> None:
     """Raise `UserError` unless the made model can have come from the dense one by this recipe."""
     ours, theirs = dense.config, made.config
@@ -252,6 +277,9 @@ def _unlike(dense: Config, moe: Config, recipe: Recipe) -> list[str]:
     return [key for key in keys if getattr(expected, key) != getattr(moe, key) and (moe.dense_layers or key != keys[0])]
 
 
+_See = Callable[[Tensor, list[BlockId]], None]
+
+
 class _Run:
     """Both models through their blocks; `changed` and `layers` are what was seen on the way."""
 
@@ -270,14 +298,7 @@ class _Run:
         x_dense_BTD, x_made_BTD = dense.embed(sample.ids_BT), made.embed(sample.ids_BT)
         what = f"proving in {str(dense.dtype).removeprefix('torch.')}"
         for layer in progress(range(dense.config.n_layer), what, unit="layer"):
-            originals: dict[BlockId, Tensor] = {}
-
-            def keep(values: Tensor, pieces: list[BlockId], into: dict[BlockId, Tensor] = originals) -> None:
-                into.update(dict.fromkeys(pieces, values))
-
-            def compare(values: Tensor, pieces: list[BlockId], to: dict[BlockId, Tensor] = originals) -> None:
-                self._compare(made.stored, values, pieces, to)
-
+            keep, compare = self.seeing(made.stored)
             block = dense.block(layer, keep if self.compare_bits else None)
             x_dense_BTD, _ = block(x_dense_BTD, cos, sin, mask)
             block = made.block(layer, compare if self.compare_bits else None)
@@ -285,9 +306,26 @@ class _Run:
             self.layers.append(_layer_proof(layer, x_dense_BTD, x_made_BTD, routed))
         dense.drop_blocks()
         made.drop_blocks()
-        if self.compare_bits and not same_bits(dense.stored.read(NORM), made.stored.read(NORM)):
-            self.changed.append(made.stored.spelling(NORM))
+        if self.compare_bits:
+            self.compare_norm(dense.stored, made.stored)
         return dense.last_norm(x_dense_BTD), made.last_norm(x_made_BTD)
+
+    def seeing(self, made: Stored) -> tuple[_See, _See]:
+        """What is to see a layer of the dense model, and then what is to see the same layer of the made one."""
+        originals: dict[BlockId, Tensor] = {}
+
+        def keep(values: Tensor, pieces: list[BlockId]) -> None:
+            originals.update(dict.fromkeys(pieces, values))
+
+        def compare(values: Tensor, pieces: list[BlockId]) -> None:
+            self._compare(made, values, pieces, originals)
+
+        return keep, compare
+
+    def compare_norm(self, dense: Stored, made: Stored) -> None:
+        """Note the last norm if it differs."""
+        if not same_bits(dense.read(NORM), made.read(NORM)):
+            self.changed.append(made.spelling(NORM))
 
     def _compare(self, made: Stored, values: Tensor, pieces: list[BlockId], originals: dict[BlockId, Tensor]) -> None:
         """Note the pieces whose bits are not what the recipe makes; equal ones of one tensor are made once."""

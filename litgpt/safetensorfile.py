@@ -17,6 +17,7 @@ from torch import Tensor
 from litgpt.tensorfile import (
     FileSink,
     Spec,
+    StreamFile,
     check_announced,
     check_complete,
     check_free_disk,
@@ -24,6 +25,7 @@ from litgpt.tensorfile import (
     full_disk_is_users_error,
     read_bytes,
     row_count,
+    tensor_bytes,
 )
 from litgpt.utils import UserError
 
@@ -151,8 +153,8 @@ class HFWriter:
         directory: exists; whoever makes it also makes it appear at once (`utils.atomic_dir`).
         specs: name → (shape, dtype), in the order in which shards are filled.
         max_shard_bytes: a new shard begins before one would grow beyond this; a larger tensor has one to itself.
-        hashed: hash the files while they are written; for tensors that come `in_file_order`, `sha256` then holds the
-            digests after leaving.
+        streamed: the tensors come `in_file_order`, each row after the one before it; the files are then written past
+            the page cache and hashed on the way, and `sha256` holds the digests after leaving.
 
     Raises:
         UserError: the disk has no room, or a dtype that safetensors files of ours do not have.
@@ -165,12 +167,12 @@ class HFWriter:
         specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         *,
         max_shard_bytes: int,
-        hashed: bool = False,
+        streamed: bool = False,
     ) -> None:
         self.directory = directory
-        self._hashed = hashed
+        self._streamed = streamed
         self.sha256: dict[str, str] = {}
-        """File name → SHA-256, where all of it is known."""
+        """File name → SHA-256, of streamed ones."""
         self.specs = {name: Spec(tuple(shape), dtype) for name, (shape, dtype) in specs.items()}
         self._shards = _fill_shards(self.specs, max_shard_bytes)
         count = len(self._shards)
@@ -180,17 +182,21 @@ class HFWriter:
 
     def __enter__(self) -> HFWriter:
         check_free_disk(self.directory, sum(spec.nbytes for spec in self.specs.values()))
-        self._places: dict[str, tuple[FileSink, int]] = {}
-        self._missing = {name: row_count(spec.shape) for name, spec in self.specs.items()}
+        self._places: dict[str, tuple[str, int]] = {}
+        self._headers: dict[str, bytes] = {}
         self._sinks: dict[str, FileSink] = {}
+        self._stream: StreamFile | None = None
+        self._missing = {name: row_count(spec.shape) for name, spec in self.specs.items()}
         with contextlib.ExitStack() as undo, full_disk_is_users_error(self.directory):
             for file_name, names in zip(self.file_names, self._shards, strict=True):
-                sink = FileSink(self.directory / file_name, os.O_CREAT | os.O_TRUNC, hashed=self._hashed)
-                self._sinks[file_name] = sink
-                undo.callback(sink.close)
                 header, offsets = _encode_header({name: self.specs[name] for name in names})
+                self._places |= {name: (file_name, offset) for name, offset in offsets.items()}
+                if self._streamed:
+                    self._headers[file_name] = header
+                    continue
+                sink = self._sinks[file_name] = FileSink(self.directory / file_name, os.O_CREAT | os.O_TRUNC)
+                undo.callback(sink.close)
                 sink.write(0, header)
-                self._places |= {name: (sink, offset) for name, offset in offsets.items()}
             self._undo = undo.pop_all()
         return self
 
@@ -214,27 +220,46 @@ class HFWriter:
 
         Raises:
             KeyError: `name` is not in `specs`.
-            ValueError: another width or dtype, more rows than there are, or all were written before.
+            ValueError: another width or dtype, more rows than there are, or all were written before; streamed, but not
+                what comes next.
         """
         check_rows(name, start, rows, self.specs[name], self._missing)
-        sink, offset = self._places[name]
-        row_bytes = math.prod(rows.shape[1:]) * rows.dtype.itemsize
+        file_name, offset = self._places[name]
+        offset += start * math.prod(rows.shape[1:]) * rows.dtype.itemsize
         with full_disk_is_users_error(self.directory):
-            sink.write_tensor(offset + start * row_bytes, rows)
+            if not self._streamed:
+                self._sinks[file_name].write_tensor(offset, rows)
+            elif (stream := self._stream_of(file_name)).length == offset:
+                stream.write(tensor_bytes(rows))
+            else:
+                raise ValueError(f"{name}: rows {start} ... are not what comes next in {file_name}")
         self._missing[name] -= len(rows)
         if not self._missing[name]:
             del self._missing[name]
 
+    def _stream_of(self, file_name: str) -> StreamFile:
+        """The file that is being written; a new one ends the one before it."""
+        if self._stream is None or file_name in self._headers:
+            self._finish_stream()
+            self._stream = StreamFile(self.directory / file_name)
+            self._undo.callback(self._stream.close)
+            self._stream.write(self._headers.pop(file_name))
+        return self._stream
+
+    def _finish_stream(self) -> None:
+        if self._stream is not None:
+            self.sha256[self._stream.path.name] = self._stream.finish()
+            self._undo.close()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            digests = {file_name: sink.sha256() for file_name, sink in self._sinks.items()}
-            self.sha256 = {file_name: digest for file_name, digest in digests.items() if digest is not None}
-        self._undo.close()
-        if error is not None:
-            return
-        check_complete(self.directory, self._missing)
+        with self._undo:
+            if error is not None:
+                return
+            check_complete(self.directory, self._missing)
+            with full_disk_is_users_error(self.directory):
+                self._finish_stream()
         if len(self.file_names) > 1:
             shard_of = {
                 name: file_name

@@ -265,6 +265,13 @@ class Streamed:
                 setattr(block.mlp.experts, stack, nn.Parameter(shown, requires_grad=False))
         return block
 
+    def show(self, layer: int, see: Callable[[Tensor, list[BlockId]], None]) -> None:
+        """Read a layer without making a block of it; `see` as of `block`."""
+        for same, values, lent in self._read(layer):
+            see(values, same)
+            if same[0].expert >= 0:
+                self._free.setdefault(values.nbytes, []).append(lent)
+
     def _read(self, layer: int) -> Iterator[tuple[list[BlockId], Tensor, Tensor]]:
         """The stored pieces of a layer, each with the blocks that it is and the memory that it is in.
 

@@ -38,7 +38,11 @@ virtual machine whose host hands out memory page by page)."""
 
 
 DIRECT_BYTES = 4096
-"""Reading past the page cache goes in multiples of a disk's blocks, to aligned memory; none has larger ones today."""
+"""Past the page cache it goes in multiples of a disk's blocks, from and to aligned memory; no disk has larger ones
+today."""
+
+STAGE_BYTES = 16 << 20
+"""What `StreamFile` collects before it goes to the disk."""
 
 
 class Spec(NamedTuple):
@@ -175,39 +179,106 @@ def _read_bytes(path: Path, name: str, offset: int, count: int, flag: int, memor
     return memory[before:end]
 
 
+class StreamFile:
+    """A new file that is written from its first byte to its last, hashed on the way; `close` it.
+
+    It goes past the page cache where the system can do that: nobody reads it again soon, and a copy for the cache costs
+    more than the disk. One thread writes and one hashes while the next bytes are collected.
+
+    Args:
+        path: the file; an older one is overwritten.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._direct = path, getattr(os, "O_DIRECT", 0)
+        try:
+            self._descriptor = self._open(os.O_TRUNC)
+        except OSError:  # a file system without it
+            self._direct = 0
+            self._descriptor = self._open(os.O_TRUNC)
+        self._stages = [page_memory(STAGE_BYTES)[:STAGE_BYTES].numpy().data for _ in range(2)]
+        self._filled = 0
+        self._handed = 0
+        self._hash = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(2)
+        self._busy: tuple[Future[None], ...] = ()
+
+    def _open(self, flags: int = 0) -> int:
+        return os.open(self.path, os.O_WRONLY | os.O_CREAT | self._direct | flags, 0o644)
+
+    @property
+    def length(self) -> int:
+        """Bytes so far."""
+        return self._handed + self._filled
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append `data`."""
+        data = memoryview(data)
+        while data:
+            count = min(len(data), STAGE_BYTES - self._filled)
+            self._stages[0][self._filled : self._filled + count] = data[:count]
+            data = data[count:]
+            self._filled += count
+            if self._filled == STAGE_BYTES:
+                self._hand_over()
+
+    def finish(self) -> str:
+        """Wait until all is written; its SHA-256, hexadecimal."""
+        self._hand_over()
+        self._wait()
+        os.ftruncate(self._descriptor, self._handed)
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        os.close(self._descriptor)
+        self._stages.clear()
+
+    def _hand_over(self) -> None:
+        self._wait()
+        stage, count = self._stages[0], self._filled
+        # A last piece that is no whole block takes some rubbish along, which is cut off in the end.
+        whole = -(-count // DIRECT_BYTES) * DIRECT_BYTES
+        self._busy = (
+            self._pool.submit(self._put, stage[:whole], self._handed),
+            self._pool.submit(self._hash.update, stage[:count]),
+        )
+        self._handed, self._filled = self._handed + count, 0
+        self._stages.reverse()
+
+    def _wait(self) -> None:
+        for done in self._busy:
+            done.result()
+
+    def _put(self, data: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(data):
+            try:
+                done += os.pwrite(self._descriptor, data[done:], offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                # Opened, but not written past the cache.
+                os.close(self._descriptor)
+                self._direct = 0
+                self._descriptor = self._open()
+
+
 class FileSink:
     """An open file that takes tensors at known byte offsets; `close` it.
 
     Args:
         path: the file.
         flags: of `os.open`, beside `O_WRONLY`.
-        hashed: hash what is written, in a thread of its own, as long as it comes in the file's order.
     """
 
-    def __init__(self, path: Path, flags: int = 0, *, hashed: bool = False) -> None:
+    def __init__(self, path: Path, flags: int = 0) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | flags, 0o644)
         self._unflushed = 0
-        self._pool = ThreadPoolExecutor(1)
-        self._hash = hashlib.sha256() if hashed else None
-        self._hashed = 0
-        self._hashing: Future[None] | None = None
-
-    def sha256(self) -> str | None:
-        """Of what was written, hexadecimal; `None` where it did not come in order."""
-        if self._hashing is not None:
-            self._hashing.result()
-        return None if self._hash is None else self._hash.hexdigest()
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Write all of `data` at a byte offset; it must not change before the next call."""
+        """Write all of `data` at a byte offset."""
         data = memoryview(data)
-        if offset != self._hashed:
-            self._hash = None
-        if self._hash is not None:
-            if self._hashing is not None:
-                self._hashing.result()
-            self._hashing = self._pool.submit(self._hash.update, data)
-            self._hashed += len(data)
         done = 0
         while done < len(data):
             # One call moves at most 2 GiB on Linux.
@@ -221,12 +292,18 @@ class FileSink:
 
     def write_tensor(self, offset: int, tensor: Tensor) -> None:
         """Write a tensor's elements, row-major, at a byte offset."""
-        if tensor.numel():
-            self.write(offset, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self.write(offset, tensor_bytes(tensor))
 
     def close(self) -> None:
-        self._pool.shutdown()
         os.close(self._descriptor)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's elements, row-major."""
+    if not tensor.numel():
+        return memoryview(b"")
+    data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def check_free_disk(directory: Path, needed: int) -> None:

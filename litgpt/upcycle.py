@@ -38,7 +38,7 @@ from litgpt.checkpoint import (
 )
 from litgpt.config import Config
 from litgpt.keymap import LIT_EMBED, LIT_HEAD, BlockId, Layout, layout
-from litgpt.proof import SAMPLE_TEXTS, Proof, Sample, prove, prove_on, recipe_behind
+from litgpt.proof import SAMPLE_TEXTS, Proof, Sample, changed_bits, prove, prove_on, recipe_behind
 from litgpt.recipes import COPY, Recipe, origin, seeded
 from litgpt.routers import RouterStart, router_weights
 from litgpt.safetensorfile import HF_INDEX, HFWriter
@@ -52,7 +52,7 @@ from litgpt.utils import UserError, atomic_dir, progress, sha256_file
 __all__ = ["Format", "Layers", "Proof", "ProofDtype", "Report", "default_out_dir", "prove", "upcycle", "verify"]
 
 Format = Literal["lit", "hf"]
-ProofDtype = Literal["float32", "float64", "both", "all"]
+ProofDtype = Literal["float32", "float64", "both", "all", "none"]
 Layers = str | Sequence[int]
 
 THOUGHT_NOISE = 0.05
@@ -134,7 +134,8 @@ def upcycle(
         trainable: parts that a later training changes (`litgpt.trainable.PARTS`), written into provenance.yaml.
         seed: of all that is drawn.
         proof_dtype: arithmetic of the proof. `all` is float32 and, on one sentence, bfloat16. A float32 proof beyond
-            its bounds is repeated in float64, which decides.
+            its bounds is repeated in float64, which decides. `none` reads back every stored tensor and compares its
+            bits, as all do, but runs neither model.
 
     Raises:
         UserError: the source is missing, incomplete or a MoE already; sizes that make no sense; a format that cannot
@@ -205,8 +206,8 @@ def upcycle(
         stored = Stored(temporary)
         stored.reader.once = True
         hashes = _hashing(pool, [path for path in stored.files if path.name not in written])
-        proofs = _prove(sample, dense, stored, added, recipe, seed, proof_dtype)
-        _refuse_failed(proofs, recipe)
+        proofs, changed = _prove(sample, dense, stored, added, recipe, seed, proof_dtype)
+        _refuse_failed(proofs, changed, recipe)
         made["source_sha256"] = {name: digest.result() for name, digest in source_hashes.items()}
         made["proof"] = [proof.figures() for proof in proofs]
         write_provenance(temporary, provenance)
@@ -217,6 +218,7 @@ def upcycle(
             recipe=recipe.settings(),
             thought_ids=thought_ids,
             proofs=proofs,
+            changed=changed,
             dense_bytes=sum(path.stat().st_size for path in dense.files),
             n_bytes=sum(path.stat().st_size for path in stored.files),
             dense_sha256=made["source_sha256"],
@@ -251,7 +253,7 @@ def verify(
     made.reader.once = True
     with ThreadPoolExecutor(1) as pool:
         hashes = [_hashing(pool, model.files) for model in (dense, made)]
-        proofs = _prove(sample, dense, made, added, recipe, seed, proof_dtype)
+        proofs, changed = _prove(sample, dense, made, added, recipe, seed, proof_dtype)
         dense_sha256, sha256 = ({name: digest.result() for name, digest in each.items()} for each in hashes)
     report = Report(
         out_dir=Path(made_dir),
@@ -260,6 +262,7 @@ def verify(
         recipe=recipe.settings(),
         thought_ids=theirs.thought_ids,
         proofs=proofs,
+        changed=changed,
         dense_bytes=sum(path.stat().st_size for path in dense.files),
         n_bytes=sum(path.stat().st_size for path in made.files),
         dense_sha256=dense_sha256,
@@ -387,7 +390,7 @@ class _Plan:
         if self.format == "lit":
             writer = LitWriter(directory / LIT_FILE, self.specs, aliases=self.aliases)
         else:
-            writer = HFWriter(directory, self.specs, max_shard_bytes=MAX_SHARD_BYTES, hashed=True)
+            writer = HFWriter(directory, self.specs, max_shard_bytes=MAX_SHARD_BYTES, streamed=True)
         with writer:
             names = list(self.specs) if isinstance(writer, LitWriter) else writer.in_file_order
             for name in progress(names, f"upcycling to {self.format}", unit="tensor"):
@@ -467,7 +470,11 @@ def _prove(
     recipe: Recipe,
     seed: int,
     proof_dtype: ProofDtype,
-) -> tuple[Proof, ...]:
+) -> tuple[tuple[Proof, ...], tuple[str, ...]]:
+    """The proofs, and the tensors whose bits are not what the recipe makes."""
+    if proof_dtype == "none":
+        return (), changed_bits(dense, made, added=added, recipe=recipe, seed=seed)
+
     def proof(dtype: torch.dtype, text: Sample = sample) -> Proof:
         return prove_on(text, dense, made, dtype=dtype, added=added, recipe=recipe, seed=seed, compare_bits=not proofs)
 
@@ -481,16 +488,20 @@ def _prove(
     if proof_dtype == "all":
         # Few machines have fast bf16 on the CPU, and its rounding shows on one sentence.
         proofs.append(proof(torch.bfloat16, sample.first()))
-    return tuple(proofs)
+    return tuple(proofs), proofs[0].changed
 
 
-def _refuse_failed(proofs: Sequence[Proof], recipe: Recipe) -> None:
+def _refuse_failed(proofs: Sequence[Proof], changed: Sequence[str], recipe: Recipe) -> None:
     """Raise `UserError` where the bits are not the recipe's, or an exact recipe shows more than rounding."""
-    decisive = [proof for proof in proofs if proof.dtype != "bfloat16"][-1]
+    decisive = next((proof for proof in reversed(proofs) if proof.dtype != "bfloat16"), None)
     finite = all(math.isfinite(proof.kl) for proof in proofs)
-    if any(proof.changed for proof in proofs) or (recipe.exact and not decisive.exact) or not finite:
-        shown = next((proof for proof in proofs if proof.changed), decisive)
-        raise UserError(
-            f"the proof fails, so nothing was kept ({shown.describe()}); "
-            "check disk and memory of this machine and the source's weights, and run the command again"
-        )
+    if changed:
+        shown = f"{len(changed)} tensors differ, e.g. {changed[0]}"
+    elif decisive is not None and ((recipe.exact and not decisive.exact) or not finite):
+        shown = decisive.describe()
+    else:
+        return
+    raise UserError(
+        f"the proof fails, so nothing was kept ({shown}); "
+        "check disk and memory of this machine and the source's weights, and run the command again"
+    )

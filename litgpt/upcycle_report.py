@@ -28,6 +28,9 @@ class Report:
     """Name and numbers."""
     thought_ids: tuple[int, int] | None
     proofs: tuple[Proof, ...]
+    """By arithmetic; none where only the bits were compared."""
+    changed: tuple[str, ...]
+    """Stored tensors whose bits are not what the recipe makes."""
     dense_bytes: int
     """Of the dense model's weights on disk."""
     n_bytes: int
@@ -64,6 +67,7 @@ class Report:
             "before": side(self.dense, self.dense_bytes, self.dense_sha256),
             "after": side(self.config, self.n_bytes, self.sha256),
             "thought_ids": list(self.thought_ids) if self.thought_ids else None,
+            "changed": list(self.changed),
             "proofs": [proof.plain() for proof in self.proofs],
         }
 
@@ -102,6 +106,21 @@ def markdown(report: Report) -> str:
         "## Before and after",
         _table(["", "dense", "made"], _sizes(report)),
         _formats(report.config),
+        *_function(report),
+        "## Files",
+        _table(["model", "file", "SHA-256"], _files(report)),
+    ]
+    if report.changed:
+        listed = "\n".join(f"- `{name}`" for name in report.changed)
+        sections += ["## Tensors that are not what the recipe makes", listed]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _function(report: Report) -> list[str]:
+    """What running both models showed."""
+    if not report.proofs:
+        return []
+    return [
         "## Logits on sample text",
         "Differences of the two models over the dense tokenizer's vocabulary. KL(dense ‖ made) in nats a token.",
         _table(
@@ -119,20 +138,15 @@ def markdown(report: Report) -> str:
         "with the sample's tokens. Load is the share of the choices that the idlest and the busiest expert get; "
         "entropy 1 is indifference.",
         _table(["layer", "error", "entropy", "least load", "most load"], [_layer(x) for x in report.proofs[0].layers]),
-        "## Files",
-        _table(["model", "file", "SHA-256"], _files(report)),
     ]
-    changed = report.proofs[0].changed
-    if changed:
-        sections += ["## Tensors that are not what the recipe makes", "\n".join(f"- `{name}`" for name in changed)]
-    return "\n\n".join(section for section in sections if section)
 
 
 def _verdict(report: Report) -> str:
-    first = report.proofs[0]
-    if first.changed:
-        return f"{len(first.changed)} tensors are not what the recipe makes of the dense model: trained, or damaged."
+    if report.changed:
+        return f"{len(report.changed)} tensors are not what the recipe makes of the dense model: trained, or damaged."
     bits = "Every stored tensor was read back and is, bit for bit, what the recipe makes of the dense model."
+    if not report.proofs:
+        return f"{bits} Neither model was run."
     decisive = [proof for proof in report.proofs if proof.dtype != "bfloat16"][-1]
     if decisive.exact:
         return f"{bits} Both are one function up to rounding."

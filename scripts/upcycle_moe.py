@@ -60,7 +60,8 @@ def upcycle_moe(
             thought_tokens; written into provenance.yaml. Default: experts, router, thought_tokens.
         seed: of everything drawn.
         proof_dtype: arithmetic of the proof; all = float32 and, on one sentence, bfloat16. A float32 proof beyond its
-            bounds is repeated in float64, which decides.
+            bounds is repeated in float64, which decides. none = every stored tensor is read back and its bits are
+            compared, as always, but neither model is run.
         verify_dir: lit or Hugging Face directory of a mixture of experts to compare with checkpoint_dir.
     """
     start = time.perf_counter()
@@ -93,7 +94,7 @@ def damaged(report: Report) -> str | None:
 
     Experts and routers that differ may have been trained.
     """
-    frozen = [name for name in report.proofs[0].changed if ".experts." not in name]
+    frozen = [name for name in report.changed if ".experts." not in name]
     if not frozen:
         return None
     return f"{len(frozen)} tensors outside the experts are not the dense model's, e.g. {frozen[0]}: trained, or damaged"
@@ -108,14 +109,15 @@ def summary(made: Report, seconds: float, *, verb: str) -> str:
     ]
     if made.thought_ids is not None:
         lines.append(f"  <thought> is token {made.thought_ids[0]}, </thought> is token {made.thought_ids[1]}")
-    lines += ["", f"  {'proof':<8} {'tokens':>6} {'max |Δ logit|':>14} {'KL mean':>9} {'KL max':>9} {'top-1':>8}"]
+    if made.proofs:
+        lines += ["", f"  {'proof':<8} {'tokens':>6} {'max |Δ logit|':>14} {'KL mean':>9} {'KL max':>9} {'top-1':>8}"]
     lines += [
         f"  {proof.dtype:<8} {proof.n_tokens:>6} {proof.max_abs_diff:>14.1e} {proof.kl:>9.1e} {proof.kl_max:>9.1e} "
         f"{proof.top1_agreement:>8.2%}"
         for proof in made.proofs
     ]
-    if changed := made.proofs[0].changed:
-        lines.append(f"  {len(changed)} tensors are not what the recipe makes, e.g. {changed[0]}")
+    if made.changed:
+        lines.append(f"  {len(made.changed)} tensors are not what the recipe makes, e.g. {made.changed[0]}")
     elif made.recipe["recipe"] == "copy":
         lines.append("  attention, norms, embedding, head and every expert: bit for bit the dense model's")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import subprocess
@@ -32,7 +33,8 @@ from litgpt.checkpoint import (
 from litgpt.config import Config
 from litgpt.keymap import Naming, assemble, flat_rows, layout
 from litgpt.model import GPT
-from litgpt.tensorfile import DIRECT_BYTES, FileSink, page_memory, read_bytes, row_count
+from litgpt.safetensorfile import HFWriter
+from litgpt.tensorfile import DIRECT_BYTES, FileSink, StreamFile, page_memory, read_bytes, row_count
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError
 from tests.tiny_models import FAMILIES, MOE_FAMILIES, random_model, same_bits
@@ -550,3 +552,82 @@ class TestReadingBytes:
         monkeypatch.setattr("litgpt.tensorfile.os.open", refusing)
         assert read_bytes(file, "w", 5, 9, once=True).numpy().tobytes() == file.read_bytes()[5:14]
         assert flags[-1] == os.O_RDONLY
+
+
+class TestStreamFile:
+    """A file from its first byte to its last, past the page cache or through it."""
+
+    @pytest.fixture(autouse=True)
+    def small_stages(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("litgpt.tensorfile.STAGE_BYTES", 2 * DIRECT_BYTES)
+
+    @pytest.mark.parametrize(
+        "counts", [[], [1], [DIRECT_BYTES], [2 * DIRECT_BYTES] * 3, [5, 7 * DIRECT_BYTES, 0, 1, DIRECT_BYTES - 6]]
+    )
+    def test_it_holds_what_was_written(self, counts: list[int], tmp_path: Path) -> None:
+        path = tmp_path / "stream"
+        path.write_bytes(b"old" * 100_000)
+        pieces = [os.urandom(count) for count in counts]
+        stream = StreamFile(path)
+        for piece in pieces:
+            stream.write(piece)
+        assert stream.length == sum(counts)
+        assert stream.finish() == hashlib.sha256(b"".join(pieces)).hexdigest()
+        stream.close()
+        assert path.read_bytes() == b"".join(pieces)
+
+    @pytest.mark.parametrize("refused", ["open", "pwrite"])
+    def test_a_file_system_that_refuses_is_written_through_the_cache(
+        self, refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        direct, real_open, real_pwrite = getattr(os, "O_DIRECT", 0), os.open, os.pwrite
+        opened: dict[int, int] = {}
+
+        def opening(path: Path, flags: int, mode: int) -> int:
+            if refused == "open" and flags & direct:
+                raise OSError(errno.EINVAL, "no such way")
+            descriptor = real_open(path, flags, mode)
+            opened[descriptor] = flags
+            return descriptor
+
+        def writing(descriptor: int, data: memoryview, offset: int) -> int:
+            if opened[descriptor] & direct:
+                raise OSError(errno.EINVAL, "no such way")
+            return real_pwrite(descriptor, data, offset)
+
+        monkeypatch.setattr("litgpt.tensorfile.os.open", opening)
+        monkeypatch.setattr("litgpt.tensorfile.os.pwrite", writing)
+        stream, content = StreamFile(tmp_path / "stream"), os.urandom(5 * DIRECT_BYTES + 3)
+        stream.write(content)
+        stream.finish()
+        stream.close()
+        assert (tmp_path / "stream").read_bytes() == content
+
+    def test_a_full_disk_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object) -> int:
+            raise OSError(errno.ENOSPC, "full")
+
+        monkeypatch.setattr("litgpt.tensorfile.os.pwrite", full)
+        specs = {"w": ((4 * DIRECT_BYTES,), torch.float32)}
+        with (
+            pytest.raises(UserError, match="no room left on the disk"),
+            HFWriter(tmp_path, specs, max_shard_bytes=10**9, streamed=True) as writer,
+        ):
+            writer.write("w", torch.zeros(4 * DIRECT_BYTES))
+
+    def test_shards_follow_each_other_and_nothing_is_skipped(self, tmp_path: Path) -> None:
+        tensors = {name: torch.randn(3, 1000) for name in "abc"}
+        specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        for streamed in (True, False):
+            folder = tmp_path / str(streamed)
+            folder.mkdir()
+            with HFWriter(folder, specs, max_shard_bytes=25_000, streamed=streamed) as writer:
+                for name in writer.in_file_order:
+                    writer.write(name, tensors[name])
+        files = {path.name: path.read_bytes() for path in (tmp_path / "True").iterdir()}
+        assert files == {path.name: path.read_bytes() for path in (tmp_path / "False").iterdir()} and len(files) == 3
+        with (
+            pytest.raises(ValueError, match="not what comes next"),
+            HFWriter(tmp_path, specs, max_shard_bytes=10**9, streamed=True) as writer,
+        ):
+            writer.write("b", tensors["b"])

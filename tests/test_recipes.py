@@ -17,9 +17,9 @@ from litgpt.config import Config
 from litgpt.keymap import BlockId
 from litgpt.proof import prove
 from litgpt.recipes import COPY, Drop, Granular, Noise, Recipe, Shared, Wide, recipe_of, recipe_of_provenance, seeded
-from litgpt.upcycle import chosen_layers, upcycle, verify
+from litgpt.upcycle import Format, ProofDtype, chosen_layers, upcycle, verify
 from litgpt.utils import UserError, sha256_file
-from scripts.upcycle_moe import damaged
+from scripts.upcycle_moe import damaged, summary
 from tests.test_upcycle import build_dense, stored
 from tests.tiny_models import build_hf_dir, same_bits, stored_tensors
 
@@ -326,17 +326,20 @@ class TestVerify:
             assert found.recipe["recipe"] == label
             assert json.loads((tmp_path / "report" / "upcycle.json").read_text())["recipe"]["recipe"] == label
 
-    @pytest.mark.parametrize("label", ["noise", "granular", "copy"])
-    def test_one_flipped_bit_in_a_hugging_face_file_is_found(self, label: str, hf_dir: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("label", "proof_dtype"), [("noise", "float32"), ("granular", "none"), ("copy", "none")])
+    def test_one_flipped_bit_in_a_hugging_face_file_is_found(
+        self, label: str, proof_dtype: ProofDtype, hf_dir: Path, tmp_path: Path
+    ) -> None:
         upcycle(hf_dir, tmp_path / "moe", recipe=RECIPES[label], n_expert=4, format="hf")
         path = tmp_path / "moe" / "model.safetensors"
         tensors = safetensors.torch.load_file(path)
-        for name in ("model.layers.1.mlp.experts.3.up_proj.weight", "model.layers.0.self_attn.k_proj.weight"):
+        names = ["model.layers.1.mlp.experts.3.up_proj.weight", "model.layers.0.self_attn.k_proj.weight"]
+        for name in [*names, "model.norm.weight", "model.embed_tokens.weight"]:
             broken = {key: value.clone() for key, value in tensors.items()}
-            broken[name].view(torch.int16)[0, 0] ^= 1
+            broken[name].view(torch.int16).view(-1)[0] ^= 1
             safetensors.torch.save_file(broken, path, metadata={"format": "pt"})
-            found = verify(hf_dir, tmp_path / "moe", proof_dtype="float32")
-            assert found.proofs[0].changed == (name,)
+            found = verify(hf_dir, tmp_path / "moe", proof_dtype=proof_dtype)
+            assert found.changed == (name,) and bool(found.proofs) == (proof_dtype != "none")
             assert (damaged(found) is None) == (".experts." in name)
 
     def test_a_foreign_mixture_without_provenance(self, hf_dir: Path, tmp_path: Path) -> None:
@@ -350,7 +353,7 @@ class TestVerify:
         state["transformer.h.1.mlp.experts.3.proj.weight"] += 1
         torch.save(state, tmp_path / "moe" / "lit_model.pth")
         found = verify(dense_dir, tmp_path / "moe")
-        assert found.proofs[0].changed == ("transformer.h.1.mlp.experts.3.proj.weight",) and damaged(found) is None
+        assert found.changed == ("transformer.h.1.mlp.experts.3.proj.weight",) and damaged(found) is None
 
 
 class TestReport:
@@ -371,6 +374,16 @@ class TestReport:
         assert all(len(layer["load_E"]) == 4 for layer in values["proofs"][0]["layers"])
         page = (tmp_path / "moe" / "report" / "upcycle.md").read_text(encoding="utf-8")
         assert f"{made.proofs[0].kl:.2e}" in page and sha256_file(tmp_path / "moe" / "lit_model.pth") in page
+
+    @pytest.mark.parametrize("format", ["lit", "hf"])
+    def test_without_arithmetic_it_tells_of_the_bits(self, format: Format, dense_dir: Path, tmp_path: Path) -> None:
+        made = upcycle(dense_dir, tmp_path / "bits", n_expert=4, format=format, proof_dtype="none")
+        whole = upcycle(dense_dir, tmp_path / "whole", n_expert=4, format=format)
+        assert made.sha256 == whole.sha256 and not made.proofs and not made.changed
+        assert read_provenance(tmp_path / "bits")["upcycled"]["proof"] == []
+        page = (tmp_path / "bits" / "report" / "upcycle.md").read_text(encoding="utf-8")
+        assert "bit for bit, what the recipe makes" in page and "Neither model was run" in page and "KL" not in page
+        assert "bit for bit" in summary(made, 1.0, verb="written")
 
     def test_recipes_come_back_from_provenance(self, dense_dir: Path, tmp_path: Path) -> None:
         for label, recipe in RECIPES.items():
