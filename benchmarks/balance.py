@@ -93,7 +93,7 @@ def one(folder: Path, start: str, means: str, seed: int, steps: int) -> dict[str
         words: list[str | Path] = ["--config", "configs/tiny/distill.yaml", "--overwrite", "true", "--seed", str(seed)]
         words += ["--student", student, "--teacher", folder / "teacher", "--base", folder / "base", "--out_dir", run]
         words += ["--data.val", folder / "val.jsonl", "--optim.steps", str(steps), "--run.samples", "0"]
-        words += ["--run.val_every", str(max(1, steps // 4))]
+        words += ["--run.val_every", str(max(1, steps // 4)), "--loss.cka_weight", "0.05", "--loss.cka_weight_end", "0"]
         for name, value in MEANS[means].items():
             words += [f"--loss.{name}", str(value)]
         command("train_distill.py", *words)

@@ -157,7 +157,7 @@ def tables(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
 
 def plot(results: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Answer CE against general CE, one mark a seed: down is learnt, left is kept."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     for index, (arm, found) in enumerate(results.items()):
         answer, _, general = zip(*map(figures, found), strict=True)
         marker = {"mse": "s"}.get(ARMS[arm].anchor, "D" if ARMS[arm].replay else "o")
@@ -169,7 +169,7 @@ def plot(results: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None
     axes.set_xlabel("cross-entropy of general text, nats a token: right is forgotten")
     axes.set_ylabel("cross-entropy of held-out advice: down is learnt")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
     plt.close(figure)

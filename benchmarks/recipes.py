@@ -158,6 +158,7 @@ def one(folder: Path, name: str, seed: int, steps: int) -> dict[str, Any]:
         words += ["--student", student, "--teacher", folder / "teacher", "--base", folder / "base", "--out_dir", run]
         words += ["--data.val", folder / "val.jsonl", "--data.more_val", "{general: data/general/val.jsonl}"]
         words += ["--optim.steps", str(steps), "--run.val_every", str(steps), "--run.samples", "0"]
+        words += ["--loss.cka_weight", "0.05", "--loss.cka_weight_end", "0"]
         if arm.replay:
             sources = {
                 "advice": {"path": "data/dialogues/train.jsonl", "weight": 3},

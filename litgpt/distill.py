@@ -23,7 +23,7 @@ from litgpt.balance import balance_loss, z_loss
 from litgpt.chat import Span
 from litgpt.cka import MINIMUM_ROWS, StreamingCKA, cka_share, corresponding, select_rows
 from litgpt.data import Batch
-from litgpt.generate import generate_batch
+from litgpt.generate import Sampling, generate_batch
 from litgpt.losses import DistillTerms, Divergence, Head, TeacherTargets, cka_loss, distill_terms, mse_anchor
 from litgpt.model import GPT, Output
 from litgpt.recipe import LossSettings
@@ -482,7 +482,7 @@ class Distiller(nn.Module):
             prompts,
             max_new_tokens=max_new_tokens,
             stop_ids=stop_ids,
-            temperature=temperature,
+            sampling=Sampling(temperature=temperature),
             seed=seed,
             forbidden_ids=forbidden_ids,
         )

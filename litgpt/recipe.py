@@ -79,12 +79,12 @@ class LossSettings:
     anchor_to: AnchorTo = "base"
     """Whose hidden states those are: base, or teacher (its layers as far along; it reads the student's ids and must
     run, not come from a cache)."""
-    cka_weight: float = 0.05
+    cka_weight: float = 1.0
     """Weight of the anchor, by default 1 - CKA between student and dense base, at the first step."""
-    cka_weight_end: float = 0.0
-    """The same from cka_fraction of training on."""
+    cka_weight_end: float = 1.0
+    """The same from cka_fraction of training on. One that falls to 0 keeps nothing (docs/cka.md)."""
     cka_fraction: float = 0.5
-    """Share of training over which the CKA weight falls, linearly."""
+    """Share of training over which the CKA weight moves, linearly."""
     cka_every: int = 4
     """CKA looks at every n-th layer and at the last."""
     cka_layers: list[int] | None = None

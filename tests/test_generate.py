@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from litgpt.config import Config
-from litgpt.generate import choose, distribution, generate, generate_batch, new_cache
+from litgpt.generate import GREEDY, Sampling, choose, distribution, generate, generate_batch, new_cache
 from litgpt.model import GPT
 from litgpt.utils import UserError
 
@@ -159,7 +159,7 @@ def test_padding_rows_and_forbidden_ids_are_never_chosen(temperature: float) -> 
             model,
             PROMPT,
             max_new_tokens=59,
-            temperature=temperature,
+            sampling=Sampling(temperature=temperature),
             seed=1,
             forbidden_ids=forbidden,
             vocab_size=VOCAB,
@@ -173,12 +173,15 @@ def test_padding_rows_and_forbidden_ids_are_never_chosen(temperature: float) -> 
 def test_a_seed_repeats_the_draws_and_leaves_the_global_state_alone() -> None:
     model = tiny_model()
     before = torch.random.get_rng_state()
-    draws = [list(generate(model, PROMPT, max_new_tokens=20, temperature=1.0, seed=seed)) for seed in (3, 3, 4)]
+    draws = [
+        list(generate(model, PROMPT, max_new_tokens=20, sampling=Sampling(temperature=1.0), seed=seed))
+        for seed in (3, 3, 4)
+    ]
     assert torch.equal(torch.random.get_rng_state(), before)
     assert draws[0] == draws[1] != draws[2]
     greedy = list(generate(model, PROMPT, max_new_tokens=20))
-    assert list(generate(model, PROMPT, max_new_tokens=20, temperature=1.0, top_k=1)) == greedy
-    assert list(generate(model, PROMPT, max_new_tokens=20, temperature=1.0, top_p=1e-9)) == greedy
+    assert list(generate(model, PROMPT, max_new_tokens=20, sampling=Sampling(1.0, top_k=1))) == greedy
+    assert list(generate(model, PROMPT, max_new_tokens=20, sampling=Sampling(1.0, top_p=1e-9))) == greedy
 
 
 @given(
@@ -186,9 +189,10 @@ def test_a_seed_repeats_the_draws_and_leaves_the_global_state_alone() -> None:
     st.sampled_from([0.05, 0.7, 1.0, 5.0]),
     st.sampled_from([None, 1, 3, 40, 1000]),
     st.sampled_from([None, 0.05, 0.5, 0.95]),
+    st.sampled_from([None, 0.0, 0.1, 1.0]),
 )
 def test_distribution_equals_transformers(
-    seed: int, temperature: float, top_k: int | None, top_p: float | None
+    seed: int, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
 ) -> None:
     process = pytest.importorskip("transformers.generation.logits_process")
     logits_V = torch.randn(50, generator=torch.Generator().manual_seed(seed)) * 3
@@ -197,17 +201,31 @@ def test_distribution_equals_transformers(
         expected = process.TopKLogitsWarper(top_k)(None, expected)
     if top_p is not None:
         expected = process.TopPLogitsWarper(top_p)(None, expected)
-    ours = distribution(logits_V, temperature=temperature, top_k=top_k, top_p=top_p)
+    if min_p is not None:
+        expected = process.MinPLogitsWarper(min_p)(None, expected)
+    ours = distribution(logits_V, Sampling(temperature, top_k, top_p, min_p))
     torch.testing.assert_close(ours, expected[0].softmax(-1))
 
 
 def test_draws_follow_the_distribution() -> None:
     logits_V = torch.tensor([1.0, 0.0, -torch.inf, 2.0])
     generator = torch.Generator().manual_seed(0)
-    draws = torch.tensor([choose(logits_V, temperature=1.0, generator=generator) for _ in range(4000)])
+    draws = torch.tensor([choose(logits_V, Sampling(1.0), generator) for _ in range(4000)])
     share_V = draws.bincount(minlength=4) / 4000
     # Four standard errors of a share of one half.
     torch.testing.assert_close(share_V, logits_V.softmax(-1), atol=0.032, rtol=0)
+
+
+@pytest.mark.parametrize("penalty", [0.8, 1.0, 1.7])
+def test_a_repetition_penalty_equals_transformers(penalty: float) -> None:
+    model = tiny_model()
+    twin = transformers_twin(model)
+    options = {"do_sample": False, "max_new_tokens": 30, "pad_token_id": 0, "repetition_penalty": penalty}
+    expected = twin.generate(torch.tensor([PROMPT]), **options)[0, len(PROMPT) :].tolist()
+    sampling = Sampling(repetition_penalty=penalty)
+    assert list(generate(model, PROMPT, max_new_tokens=30, sampling=sampling)) == expected
+    assert generate_batch(model, [PROMPT], max_new_tokens=30, sampling=sampling) == [expected]
+    assert (expected == list(generate(model, PROMPT, max_new_tokens=30, sampling=GREEDY))) is (penalty == 1)
 
 
 def test_the_caller_keeps_its_gradient_mode() -> None:
@@ -237,12 +255,17 @@ def test_works_in_bfloat16() -> None:
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"min_p": 1.5}, "min_p is 1.5"),
+        ({"min_p": float("nan")}, "min_p is nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
     ],
 )
 def test_settings_out_of_range_are_refused_at_once(changed: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"prompt_ids": PROMPT, "max_new_tokens": 5, **changed}
     with pytest.raises(UserError, match=message):
-        generate(tiny_model(), **arguments)
+        if changed.keys() <= {"prompt_ids", "max_new_tokens"}:
+            generate(tiny_model(), **{"prompt_ids": PROMPT, "max_new_tokens": 5, **changed})
+        else:
+            Sampling(**changed)
 
 
 def test_a_batch_gives_each_row_what_it_gives_alone() -> None:
@@ -261,12 +284,12 @@ def test_a_batch_draws_repeatably_and_never_what_is_forbidden() -> None:
     model = tiny_model()
     prompts = [PROMPT, PROMPT[1:], [9]]
     drawn = generate_batch(
-        model, prompts, max_new_tokens=30, temperature=1.5, seed=3, forbidden_ids=(4, 5), vocab_size=VOCAB
+        model, prompts, max_new_tokens=30, sampling=Sampling(1.5), seed=3, forbidden_ids=(4, 5), vocab_size=VOCAB
     )
     assert drawn == generate_batch(
-        model, prompts, max_new_tokens=30, temperature=1.5, seed=3, forbidden_ids=(4, 5), vocab_size=VOCAB
+        model, prompts, max_new_tokens=30, sampling=Sampling(1.5), seed=3, forbidden_ids=(4, 5), vocab_size=VOCAB
     )
-    assert drawn != generate_batch(model, prompts, max_new_tokens=30, temperature=1.5, seed=4, vocab_size=VOCAB)
+    assert drawn != generate_batch(model, prompts, max_new_tokens=30, sampling=Sampling(1.5), seed=4, vocab_size=VOCAB)
     said = {index for row in drawn for index in row}
     assert not said & {4, 5} and max(said) < VOCAB
 
@@ -297,5 +320,5 @@ def test_a_diverged_checkpoint_is_named() -> None:
 def test_on_a_gpu() -> None:
     model = tiny_model().double().cuda()
     assert PROMPT + list(generate(model, PROMPT, max_new_tokens=20)) == recompute(tiny_model().double(), PROMPT, 20)
-    drawn = list(generate(model, PROMPT, max_new_tokens=20, temperature=1.0, seed=1, vocab_size=VOCAB))
-    assert drawn == list(generate(model, PROMPT, max_new_tokens=20, temperature=1.0, seed=1, vocab_size=VOCAB))
+    drawn = list(generate(model, PROMPT, max_new_tokens=20, sampling=Sampling(1.0), seed=1, vocab_size=VOCAB))
+    assert drawn == list(generate(model, PROMPT, max_new_tokens=20, sampling=Sampling(1.0), seed=1, vocab_size=VOCAB))
