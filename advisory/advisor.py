@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,11 +19,12 @@ from advisory.compose import SYSTEM_HI
 from litgpt.chat import IM_END, Message, Span, render, tag_ids
 from litgpt.checkpoint import load_model, require_lit_dir
 from litgpt.data import tags_of
-from litgpt.generate import generate, generate_batch, new_cache
+from litgpt.engine import Engine
+from litgpt.generate import GREEDY, Sampling
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError, parse_device
 
-__all__ = ["DISCLAIMER_HI", "Advisor", "Answer", "Piece", "clean_question", "default_checkpoint"]
+__all__ = ["DISCLAIMER_HI", "Advisor", "Answer", "Piece", "Reply", "clean_question", "default_checkpoint"]
 
 DISCLAIMER_HI = (
     "यह सलाह कंप्यूटर (AI) ने दी है और गलत हो सकती है। दवा या खाद डालने से पहले कृषि विज्ञान केंद्र (KVK) "
@@ -50,6 +51,75 @@ class Answer:
     """Whether the answer ended by itself, and not at `max_new_tokens`."""
 
 
+class Reply:
+    """A thought, if there is to be one, its closing tag and the answer: what the engine may choose, and what is put in.
+
+    The thought is closed after `max_thought_tokens`, or where the model would end the turn in it. `spoken` has every id
+    after the prompt with its span: THOUGHT and ANSWER from the model, PROMPT for what was put in.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        sampling: Sampling,
+        seed: int | None,
+        thinking: bool,
+        max_thought_tokens: int,
+        max_new_tokens: int,
+        tags: tuple[int, int],
+        foreign: frozenset[int],
+        stop_ids: frozenset[int],
+        newline: Sequence[int],
+        blank_line: Sequence[int],
+    ) -> None:
+        self.prompt_ids, self.sampling, self.seed = prompt_ids, sampling, seed
+        self.max_thought_tokens, self.max_new_tokens, self.stop_ids = max_thought_tokens, max_new_tokens, stop_ids
+        self.spoken: list[tuple[Span, int]] = []
+        self._opening, self._closing = tags
+        self._newline, self._blank_line = newline, blank_line
+        self._phase: Literal["start", "thought", "answer"] = "start" if thinking else "answer"
+        self._n_thought = self._n_answer = 0
+        self._forbidden = {
+            "start": foreign | {self._closing},
+            "thought": foreign | {self._opening},
+            "answer": foreign | set(tags),
+        }
+
+    @property
+    def forbidden_ids(self) -> frozenset[int]:
+        """Tags where they have no place."""
+        return self._forbidden[self._phase]
+
+    def take(self, index: int) -> Sequence[int]:
+        """See `litgpt.engine.Turn`."""
+        if self._phase == "thought":
+            return self._think(index)
+        if self._phase == "start" and index == self._opening:
+            self._phase = "thought"
+            self.spoken.append((Span.THOUGHT, index))
+            return (index,)
+        self._phase = "answer"
+        self.spoken.append((Span.ANSWER, index))
+        self._n_answer += 1
+        return () if index in self.stop_ids or self._n_answer == self.max_new_tokens else (index,)
+
+    def _think(self, index: int) -> Sequence[int]:
+        over = index in self.stop_ids  # the turn is not: the answer is still to come
+        said = [] if over else [index]
+        self.spoken += [(Span.THOUGHT, id_) for id_ in said]
+        self._n_thought += 1
+        if index == self._closing:
+            put_in = list(self._blank_line)
+        elif over or self._n_thought == self.max_thought_tokens:
+            put_in = [*self._newline, self._closing, *self._blank_line]
+        else:
+            return said
+        self._phase = "answer"
+        self.spoken += [(Span.PROMPT, id_) for id_ in put_in]
+        return [*said, *put_in]
+
+
 class Piece(NamedTuple):
     """A piece of streamed text; `cut`, which has none, comes last if the answer did not end by itself."""
 
@@ -66,9 +136,7 @@ class Advisor:
         max_new_tokens: at most so many tokens of answer. Qwen3 needs about 4 a Hindi word; the longest of the
             composed answers has 460.
         max_thought_tokens: the thought is closed after so many tokens.
-        temperature: 0 always takes the most probable token; see `litgpt.generate.generate`.
-        top_k: see there.
-        top_p: see there.
+        sampling: how tokens are chosen; by default always the most probable one.
         seed: makes draws repeatable.
         device: `auto` is the GPU if there is one.
         dtype: cast the weights; `None` keeps them as stored.
@@ -84,9 +152,7 @@ class Advisor:
         thinking: bool = True,
         max_new_tokens: int = 512,
         max_thought_tokens: int = 200,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        sampling: Sampling = GREEDY,
         seed: int | None = None,
         device: str = "auto",
         dtype: torch.dtype | None = None,
@@ -111,9 +177,7 @@ class Advisor:
         self.thinking = thinking
         self.max_new_tokens = max_new_tokens
         self.max_thought_tokens = max_thought_tokens
-        self.temperature = temperature
-        self.top_k = top_k
-        self.top_p = top_p
+        self.sampling = sampling
         self.seed = seed
         # A base checkpoint names another end of text, yet was trained on turns that end so.
         im_end = self.tokenizer.token_to_id(IM_END)
@@ -132,7 +196,7 @@ class Advisor:
         return self._answer(list(self._tokens(clean_question(question))), show_thought=show_thought)
 
     def _answer(self, tokens: Sequence[tuple[Span, int]], *, show_thought: bool) -> Answer:
-        pieces = list(self._pieces(tokens))
+        pieces = list(self.pieces(tokens))
         text, thought = (
             "".join(piece.text for piece in pieces if piece.kind == kind) for kind in ("answer", "thought")
         )
@@ -153,63 +217,51 @@ class Advisor:
         Raises:
             UserError: a conversation that leaves no room for an answer.
         """
-        rendered = [
-            render(list(messages), self.tokenizer, tags=self.tags, add_generation_prompt=True, thinking=self.thinking)
-            for messages in conversations
-        ]
-        ids = [list(prompt.ids) for prompt in rendered]
-        starts = [len(row) for row in ids]
-        room = self.model.config.block_size - max(starts, default=0)
+        replies = [self.reply(messages) for messages in conversations]
+        self.engine(rows=max(1, len(replies))).run(replies)
+        return [self._answer(reply.spoken, show_thought=show_thought) for reply in replies]
+
+    def reply(
+        self,
+        messages: Sequence[Message],
+        *,
+        sampling: Sampling | None = None,
+        seed: int | None = None,
+        max_new_tokens: int | None = None,
+        max_thought_tokens: int | None = None,
+        thinking: bool | None = None,
+    ) -> Reply:
+        """The turn that answers a conversation, for an engine to run; what is not given is the adviser's own.
+
+        Raises:
+            UserError: a conversation that leaves no room for an answer.
+        """
+        thinking = self.thinking if thinking is None else thinking
+        prompt = render(list(messages), self.tokenizer, tags=self.tags, add_generation_prompt=True, thinking=thinking)
+        room = self.model.config.block_size - len(prompt.ids)
         if room < _LEAST_ROOM:
             raise UserError(
-                f"the longest question takes {max(starts)} of {self.model.config.block_size} positions: shorten it"
+                f"the question takes {len(prompt.ids)} of the model's {self.model.config.block_size} positions: "
+                "shorten it"
             )
-        spoken: list[list[tuple[Span, int]]] = [[] for _ in ids]
+        return Reply(
+            prompt.ids,
+            sampling=sampling or self.sampling,
+            seed=self.seed if seed is None else seed,
+            thinking=thinking,
+            # In a short context the thought leaves at least half of the room to the answer.
+            max_thought_tokens=min(max_thought_tokens or self.max_thought_tokens, room // 2),
+            max_new_tokens=max_new_tokens or self.max_new_tokens,
+            tags=(self._opening, self._closing),
+            foreign=self._foreign,
+            stop_ids=self._stop_ids,
+            newline=self.tokenizer.encode("\n"),
+            blank_line=self.tokenizer.encode("\n\n"),
+        )
 
-        def go_on(
-            rows: Sequence[int], n: int, span: Span, stop_ids: Collection[int], forbidden: Collection[int]
-        ) -> None:
-            seed = None if self.seed is None else self.seed + n
-            made = generate_batch(
-                self.model,
-                [ids[row] for row in rows],
-                max_new_tokens=n,
-                stop_ids=stop_ids,
-                forbidden_ids=forbidden,
-                vocab_size=self.tokenizer.vocab_size,
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                seed=seed,
-            )
-            for row, new in zip(rows, made, strict=True):
-                ids[row] += new
-                spoken[row] += [(span, index) for index in new]
-
-        rows = range(len(ids))
-        if self.thinking and rows:
-            go_on(rows, 1, Span.THOUGHT, (), {self._closing, *self._foreign})
-            thinking = [row for row in rows if ids[row][-1] == self._opening]
-            for row in set(rows) - set(thinking):
-                spoken[row] = [(Span.ANSWER, ids[row][-1])]
-            stops = {*self._stop_ids, self._closing}
-            forbidden = {self._opening, *self._foreign}
-            go_on(thinking, min(self.max_thought_tokens, room // 2), Span.THOUGHT, stops, forbidden)
-            newline, blank_line = self.tokenizer.encode("\n"), self.tokenizer.encode("\n\n")
-            for row in thinking:
-                if ids[row][-1] in self._stop_ids:
-                    ids[row].pop()
-                    spoken[row].pop()
-                put_in = blank_line if ids[row][-1] == self._closing else [*newline, self._closing, *blank_line]
-                ids[row] += put_in
-                spoken[row] += [(Span.PROMPT, index) for index in put_in]
-        begun = [row for row in rows if spoken[row] and spoken[row][-1][0] == Span.ANSWER]
-        n_answer, forbidden = self.max_new_tokens, {self._opening, self._closing, *self._foreign}
-        go_on([row for row in rows if row not in begun], n_answer, Span.ANSWER, self._stop_ids, forbidden)
-        going_on = [row for row in begun if ids[row][-1] not in self._stop_ids]
-        if n_answer > 1:
-            go_on(going_on, n_answer - 1, Span.ANSWER, self._stop_ids, forbidden)
-        return [self._answer(tokens, show_thought=show_thought) for tokens in spoken]
+    def engine(self, rows: int, max_seq_length: int | None = None) -> Engine:
+        """A new engine over this model; for one thread."""
+        return Engine(self.model, rows=rows, max_seq_length=max_seq_length, vocab_size=self.tokenizer.vocab_size)
 
     def stream(self, question: str) -> Iterator[Piece]:
         """The thought and the answer, piece by piece as they come; joined, they are what `ask` returns.
@@ -217,73 +269,23 @@ class Advisor:
         Raises:
             UserError: at once for a question that is empty, too long or no text.
         """
-        return self._pieces(self._tokens(clean_question(question)))
+        return self.pieces(self._tokens(clean_question(question)))
 
     def _tokens(self, question: str) -> Iterator[tuple[Span, int]]:
         """The reply's ids: THOUGHT and ANSWER from the model, PROMPT where the format was put in for it."""
-        messages: list[Message] = [
-            {"role": "system", "content": SYSTEM_HI},
-            {"role": "user", "content": question},
-        ]
-        prompt = render(messages, self.tokenizer, tags=self.tags, add_generation_prompt=True, thinking=self.thinking)
-        ids = list(prompt.ids)
-        newline, blank_line = self.tokenizer.encode("\n"), self.tokenizer.encode("\n\n")
+        reply = self.reply([{"role": "system", "content": SYSTEM_HI}, {"role": "user", "content": question}])
+        return self._run(reply)
 
-        room = self.model.config.block_size - len(ids)
-        if room < _LEAST_ROOM:
-            raise UserError(
-                f"the question takes {len(ids)} of the model's {self.model.config.block_size} positions: shorten it"
-            )
-        # In a short context the thought leaves at least half of the room to the answer.
-        max_thought = min(self.max_thought_tokens, room // 2)
-        overhead = 2 + len(newline) + len(blank_line)
-        cache = new_cache(self.model, len(ids) + max_thought + overhead + self.max_new_tokens)
+    def _run(self, reply: Reply) -> Iterator[tuple[Span, int]]:
+        engine = self.engine(rows=1)
+        engine.add(reply)
+        told = 0
+        while engine.running or engine.waiting:
+            engine.step()
+            yield from reply.spoken[told:]
+            told = len(reply.spoken)
 
-        def go_on(n: int, *, stop_ids: Collection[int], forbidden_ids: Collection[int]) -> Iterator[int]:
-            # The length makes a seed of its own for each part of the reply.
-            seed = None if self.seed is None else self.seed + len(ids)
-            for index in generate(
-                self.model,
-                ids,
-                max_new_tokens=n,
-                stop_ids=stop_ids,
-                forbidden_ids=forbidden_ids,
-                vocab_size=self.tokenizer.vocab_size,
-                kv_cache=cache,
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                seed=seed,
-            ):
-                ids.append(index)
-                yield index
-
-        n_answer = self.max_new_tokens
-        if self.thinking:
-            (first,) = go_on(1, stop_ids=(), forbidden_ids={self._closing, *self._foreign})
-            if first == self._opening:
-                yield Span.THOUGHT, first
-                closed = False
-                stops = {*self._stop_ids, self._closing}
-                for index in go_on(max_thought, stop_ids=stops, forbidden_ids={first, *self._foreign}):
-                    if index in self._stop_ids:
-                        ids.pop()  # the turn is not over: the answer is still to come
-                        break
-                    closed = index == self._closing
-                    yield Span.THOUGHT, index
-                put_in = blank_line if closed else [*newline, self._closing, *blank_line]
-                ids.extend(put_in)
-                yield from ((Span.PROMPT, index) for index in put_in)
-            else:
-                yield Span.ANSWER, first
-                n_answer -= 1
-                if first in self._stop_ids or n_answer == 0:
-                    return
-        forbidden = {self._opening, self._closing, *self._foreign}
-        for index in go_on(n_answer, stop_ids=self._stop_ids, forbidden_ids=forbidden):
-            yield Span.ANSWER, index
-
-    def _pieces(self, tokens: Iterable[tuple[Span, int]]) -> Iterator[Piece]:
+    def pieces(self, tokens: Iterable[tuple[Span, int]]) -> Iterator[Piece]:
         """Text of the ids, without tags, and without line breaks at either end of the thought and of the answer."""
         kind: Literal["thought", "answer"] = "thought"
         decoder = self.tokenizer.stream()

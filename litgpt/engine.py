@@ -4,7 +4,8 @@ Rows of the cache end together: a text of n positions has them at the end of its
 before. Keys were rotated by the position in their own text, so a row may be moved: a text joins by copying its prompt's
 keys to the end of a free row, and the rows are moved to the left when the longest has gone. New prompts run alone,
 `prefill_tokens` at a time between two steps, so that those who are being answered do not wait for a long question.
-What the last prompts left is kept, and a new prompt runs from where it departs from them: the system prompt is read once.
+What the last prompts left is kept, and a new prompt runs from where it departs from them, so that a system prompt is
+read once.
 """
 
 from __future__ import annotations
@@ -29,16 +30,24 @@ _WORTH_MOVING = 64
 class Turn(Protocol):
     """A text in the making, as the engine sees it."""
 
-    prompt_ids: Sequence[int]
-    sampling: Sampling
-    seed: int | None
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        """What the text begins with; at least one id."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How ids are chosen."""
+
+    @property
+    def seed(self) -> int | None:
+        """Makes the draws repeatable."""
 
     @property
     def forbidden_ids(self) -> frozenset[int]:
         """Never chosen next."""
 
     def take(self, index: int) -> Sequence[int]:
-        """The model chose this id. Returns what the text goes on with (that id, and what is put in), or nothing: ended."""
+        """The model chose this id. Returns what the text goes on with (the id, and what is put in); nothing ends it."""
 
 
 class Text:
@@ -250,16 +259,18 @@ class Engine:
     # ---- a step of all ----
 
     def _decode(self) -> list[Turn]:
-        if self._padding and min(self._padding) and (len(self._rows) == 1 or min(self._padding) >= _WORTH_MOVING):
-            self._move_left(min(self._padding))
-        self._reserve(self._length + 1)
+        spare = min(self._padding)
+        if spare and (len(self._rows) == 1 or spare >= _WORTH_MOVING):
+            self._move_left(spare)
+        n = min(len(row.coming) for row in self._rows)  # more than one where a tag was put in
+        self._reserve(self._length + n)
         assert self._kv is not None
         B = len(self._rows)
         cache = KVCache.over(self._kv[:, :, :B], self._length)
-        idx_B1 = torch.tensor([[row.coming.popleft()] for row in self._rows], device=self.device)
+        idx_BT = torch.tensor([[row.coming.popleft() for _ in range(n)] for row in self._rows], device=self.device)
         padding_B = torch.tensor(self._padding, device=self.device) if any(self._padding) else None
-        hidden_BTD = self.model(idx_B1, kv_cache=cache, left_padding_B=padding_B, return_logits=False).hidden
-        self._length += 1
+        hidden_BTD = self.model(idx_BT, kv_cache=cache, left_padding_B=padding_B, return_logits=False).hidden
+        self._length += n
         choosing = [i for i, row in enumerate(self._rows) if not row.coming]
         gone = []
         if choosing:
@@ -305,7 +316,7 @@ class Engine:
         capacity = 0 if self._kv is None else self._kv.size(4)
         if length <= capacity:
             return
-        spare = min(self._padding, default=0)
+        spare = min(self._padding) if self._padding else 0
         if spare and length - spare <= capacity and (spare >= _WORTH_MOVING or capacity >= self.max_seq_length):
             self._move_left(spare)
             return

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from advisory.advisor import DISCLAIMER_HI, MAX_QUESTION_CHARACTERS, Advisor, clean_question, default_checkpoint
 from advisory.case import with_case_lines
 from advisory.facts import load_facts
+from litgpt.generate import Sampling
 from litgpt.utils import UserError, parse_dtype, run_cli
 
 KNOWLEDGE = Path(__file__).resolve().parents[1] / "data" / "knowledge"
@@ -59,7 +60,7 @@ def advise(
         checkpoint_dir,
         max_new_tokens=max_new_tokens,
         max_thought_tokens=max_thought_tokens,
-        temperature=temperature,
+        sampling=Sampling(temperature),
         seed=seed,
         device=device,
         dtype=parse_dtype(dtype) if dtype is not None else None,

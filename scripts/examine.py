@@ -216,6 +216,7 @@ def ask_checkpoint(
 ) -> Iterator[tuple[Record, Reply]]:
     """Replies of a lit directory, batch by batch; questions of like length go together."""
     from advisory.advisor import Advisor
+    from litgpt.generate import Sampling
 
     if not records:
         return
@@ -223,7 +224,7 @@ def ask_checkpoint(
         checkpoint_dir,
         thinking=settings["thinking"],
         max_new_tokens=settings["max_new_tokens"],
-        temperature=settings["temperature"],
+        sampling=Sampling(settings["temperature"]),
         seed=settings["seed"] + 1000 * run,
         device=device,
     )

@@ -25,6 +25,7 @@ from advisory.facts import load_facts
 from litgpt.chat import Message, render
 from litgpt.checkpoint import save_lit_dir
 from litgpt.config import Config
+from litgpt.generate import Sampling
 from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import UserError, run_cli
@@ -138,7 +139,10 @@ class ScriptedModel:
         self.lm_head = torch.nn.Identity()
         self.lm_head.weight = torch.zeros(1)
 
-    def __call__(self, idx_BT: torch.Tensor, *, kv_cache: Any, return_logits: bool) -> SimpleNamespace:
+    def __call__(
+        self, idx_BT: torch.Tensor, *, kv_cache: Any, return_logits: bool, left_padding_B: None = None
+    ) -> SimpleNamespace:
+        assert left_padding_B is None, "one row has no padding"
         assert kv_cache.length == len(self.read), "the cache and the ids have come apart"
         kv_cache.length += idx_BT.size(1)
         assert kv_cache.length <= kv_cache.max_seq_length
@@ -317,7 +321,12 @@ def test_the_real_model_answers_what_it_learnt(trained: Path) -> None:
 
 
 def test_draws_repeat_with_a_seed(checkpoint: Path) -> None:
-    options: dict[str, Any] = {"device": "cpu", "temperature": 1.0, "max_new_tokens": 20, "max_thought_tokens": 10}
+    options: dict[str, Any] = {
+        "device": "cpu",
+        "sampling": Sampling(1.0),
+        "max_new_tokens": 20,
+        "max_thought_tokens": 10,
+    }
     first, again, other = (Advisor(checkpoint, seed=seed, **options).ask(QUESTION).ids for seed in (1, 1, 2))
     assert first == again != other
 
