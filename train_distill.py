@@ -37,7 +37,6 @@ from litgpt.distill import Distiller, MicroBatch, Reference, StepCka, TeacherRef
 from litgpt.flops import peak_flops, step_flops
 from litgpt.guards import STOPPED_EXIT_CODE, SpikeWatch, StopRequest
 from litgpt.loaders import training_loader, validation_loaders
-from litgpt.losses import falling_weight
 from litgpt.memoryplan import Placement, device_memory, plan_memory
 from litgpt.mixture import MixtureLoader
 from litgpt.model import GPT, LLaMAMoE
@@ -375,7 +374,7 @@ class Trainer:
         micros = [self._micro_batch(next(batches), number) for number in range(settings.optim.accumulation)]
         counted = sum((micro.counts.as_tensor() for micro in micros), torch.zeros(4, dtype=torch.float64))
         totals = Totals(*self._sum_over_ranks(counted.to(fabric.device)).tolist())
-        cka_weight = self._cka_weight()
+        cka_weight = self.settings.loss.cka_weight_at(self.step, self.steps)
         self.work = self._flops(totals, cka_weight)
         learning_rate = lr_at(self.step, self.steps, settings.optim)
         for group in self.optimizer.param_groups:
@@ -462,12 +461,6 @@ class Trainer:
                 if own.model
             ],
         ).model
-
-    def _cka_weight(self) -> float:
-        loss = self.settings.loss
-        return falling_weight(
-            self.step, self.steps, start=loss.cka_weight, end=loss.cka_weight_end, fraction=loss.cka_fraction
-        )
 
     def _survey(self, micros: list[MicroBatch], totals: Totals, cka_weight: float, router_weight: float) -> None:
         """What must be known of the whole step before its first backward: the experts' loads, and CKA's moments.
@@ -641,7 +634,10 @@ class Trainer:
             "settings": self.settings.plain(),
             "digests": self.digests,
             "before": self.before,
-            "schedule": {"lr": lr_at(self.step, self.steps, self.settings.optim), "cka_weight": self._cka_weight()},
+            "schedule": {
+                "lr": lr_at(self.step, self.steps, self.settings.optim),
+                "cka_weight": self.settings.loss.cka_weight_at(self.step, self.steps),
+            },
             "spikes": self.spikes.state_dict(),
             "skipped": self.skipped,
             "choice_bias": self.choice_bias.bias_LE.cpu() if self.choice_bias else None,

@@ -391,7 +391,7 @@ class _Needs:
     def _layers(self) -> int:
         """Layers that CKA compares."""
         loss = self.settings.loss
-        if self.base is None or max(loss.cka_weight, loss.cka_weight_end) <= 0:
+        if self.base is None or max(loss.cka_weight, loss.cka_end) <= 0:
             return 0
         return len(cka_layers(self.student.n_layer, loss.cka_every))
 

@@ -17,6 +17,7 @@ import torch
 
 from litgpt.data import Packing
 from litgpt.divergence import Divergence, KdKind
+from litgpt.losses import falling_weight
 from litgpt.mixture import SourceSettings
 from litgpt.rendered import RenderSettings
 from litgpt.streaming import CARD as STREAM_CARD
@@ -81,8 +82,9 @@ class LossSettings:
     run, not come from a cache)."""
     cka_weight: float = 1.0
     """Weight of the anchor, by default 1 - CKA between student and dense base, at the first step."""
-    cka_weight_end: float = 1.0
-    """The same from cka_fraction of training on. One that falls to 0 keeps nothing (docs/cka.md)."""
+    cka_weight_end: float | None = None
+    """The same from cka_fraction of training on; as at the first step, if not given. One that falls to 0 keeps nothing
+    (docs/cka.md)."""
     cka_fraction: float = 0.5
     """Share of training over which the CKA weight moves, linearly."""
     cka_every: int = 4
@@ -115,7 +117,7 @@ class LossSettings:
     """Tokens whose logits exist at one time; memory only."""
 
     def __post_init__(self) -> None:
-        weights = ("task_weight", "thought_weight", "kd_weight", "cka_weight", "cka_weight_end", "router_weight")
+        weights = ("task_weight", "thought_weight", "kd_weight", "cka_weight", "router_weight")
         for name in (*weights, "z_weight", "bias_rate"):
             if getattr(self, name) < 0:
                 raise UserError(f"loss.{name} is {getattr(self, name)}: expected 0 or more")
@@ -123,6 +125,8 @@ class LossSettings:
             raise UserError(
                 "loss: expected temperature > 0, cka_every and chunk_rows of at least 1, and cka_fraction in 0 ... 1"
             )
+        if (self.cka_weight_end or 0) < 0:
+            raise UserError(f"loss.cka_weight_end is {self.cka_weight_end}: expected 0 or more")
         if (self.router_weight_end or 0) < 0 or not 0 <= self.router_fraction <= 1 or not 0 <= self.bias_fraction < 1:
             raise UserError(
                 "loss: expected router_weight_end of 0 or more, router_fraction in 0 ... 1 and bias_fraction from 0 "
@@ -145,8 +149,16 @@ class LossSettings:
     def router_weight_at(self, step: int, steps: int) -> float:
         """Weight of the balance loss at an optimizer step, from 0."""
         end = self.router_weight if self.router_weight_end is None else self.router_weight_end
-        span = self.router_fraction * steps
-        return end if step >= span else self.router_weight + (end - self.router_weight) * step / span
+        return falling_weight(step, steps, start=self.router_weight, end=end, fraction=self.router_fraction)
+
+    @property
+    def cka_end(self) -> float:
+        """Weight of the anchor from cka_fraction of training on."""
+        return self.cka_weight if self.cka_weight_end is None else self.cka_weight_end
+
+    def cka_weight_at(self, step: int, steps: int) -> float:
+        """Weight of the anchor at an optimizer step, from 0."""
+        return falling_weight(step, steps, start=self.cka_weight, end=self.cka_end, fraction=self.cka_fraction)
 
     def divergence(self) -> Divergence:
         """How student and teacher are compared."""

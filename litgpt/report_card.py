@@ -188,6 +188,10 @@ def _training(run: RunFiles) -> str:
             return ", ".join(map(str, value))
         return UNKNOWN if value is None else str(value)
 
+    anchor, moves = said("loss.cka_weight"), ""
+    if run.setting("loss.cka_weight_end") is not None:
+        anchor += f" → {said('loss.cka_weight_end')}"
+        moves = f"linearly over {said('loss.cka_fraction')} of the steps; "
     rows = [
         ["cross-entropy on thought and answer", said("loss.task_weight"),
          f"a thought token counts {said('loss.thought_weight')}"],
@@ -195,8 +199,7 @@ def _training(run: RunFiles) -> str:
          f"temperature {said('loss.temperature')}, teacher's view {said('loss.teacher_view')}"
          + (f"; on-policy in {share:.0%} of the micro-batches: the student's own answers at temperature "
             f"{said('loss.on_policy_temperature')}" if (share := run.setting("loss.on_policy") or 0) else "")],
-        ["1 − CKA to the dense base", f"{said('loss.cka_weight')} → {said('loss.cka_weight_end')}",
-         f"linearly over {said('loss.cka_fraction')} of the steps; spans {said('loss.cka_spans')}"],
+        ["1 − CKA to the dense base", anchor, f"{moves}spans {said('loss.cka_spans')}"],
         ["router balance", said("loss.router_weight"), "1 when all experts get equal shares"],
     ]  # fmt: skip
     known = {"task_weight", "thought_weight", "kd_weight", "cka_weight", "router_weight"}

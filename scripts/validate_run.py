@@ -379,11 +379,9 @@ class Preflight:
         self.say(
             "ok", f"schedule: {self.steps} steps; learning rate {optim.lr:g} at step {peak + 1}, {last:g} at the last"
         )
-        if loss.cka_weight > 0 or loss.cka_weight_end > 0:
+        if loss.cka_weight > 0 or loss.cka_end > 0:
             until = math.ceil(loss.cka_fraction * self.steps)
-            self.say(
-                "ok", f"schedule: weight of CKA {loss.cka_weight:g}, {loss.cka_weight_end:g} from step {until + 1} on"
-            )
+            self.say("ok", f"schedule: weight of CKA {loss.cka_weight:g}, {loss.cka_end:g} from step {until + 1} on")
         if self.settings.run.save_every >= self.steps:
             self.say(
                 "warning",
