@@ -83,6 +83,11 @@ _FILLERS = ("मतलब", "वो", "अच्छा", "हां जी", "�
 _WORD = re.compile(r"[\u0900-\u0963\u0970-\u097f]+")
 
 
+def roman_word(word: str) -> str:
+    """One Hindi word in Roman letters, its vowels written short."""
+    return _COMMON.get(word) or _roman_word(word, False)
+
+
 def romanise(text: str, rng: Random) -> str:
     """Hindi in Roman letters,
     each long vowel written long or short as the writer's habit (drawn once) has it."""
