@@ -114,6 +114,8 @@ class Advice:
     ask_hi: str | None = None
     two: bool = False
     """Two problems were told of at once, each with its own sign."""
+    hold: bool = False
+    """Weather or history forbids spraying or feeding now."""
 
 
 def derive(case: FarmCase, facts: Facts) -> Advice:
@@ -286,7 +288,7 @@ def _conclude(
     table = () if not_now else tuple(chemical for chemical in case.table if chemical in listed)
     if table:
         steps.append(Step("list gives " + table[0].ai, "table", "copy the listed dose, nothing else"))
-    return Advice(causes, tuple(steps), tuple(dict.fromkeys(sentences)), table, two=two)
+    return Advice(causes, tuple(steps), tuple(dict.fromkeys(sentences)), table, two=two, hold=hold)
 
 
 def _already(done: Applied, problem: Problem) -> str | None:
